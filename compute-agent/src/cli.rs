@@ -1,0 +1,151 @@
+//! The command line: what it accepts, what it starts, and the exit codes.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use farbus_fabric::session::client::claim;
+use farbus_fabric::wire::ExportName;
+use farbus_shadow_mem::remote::RemoteFunction;
+use farbus_vfio::Function;
+use log::{LevelFilter, error, info};
+
+use crate::reconnect::{Source, label};
+use crate::vfio_user::Endpoint;
+use crate::worker::Worker;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  ended in order, by SIGTERM or SIGINT
+  1  failed while running
+  2  the command line is wrong
+  3  the export cannot be claimed
+  4  the socket cannot be offered";
+
+/// Offers PCIe functions of other hosts to the virtual machines of this one.
+#[derive(Parser)]
+#[command(name = "farbus-compute-agent", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to log to standard error: off, error, warn, info, debug or trace.
+    #[arg(long, global = true, default_value = "info", value_name = "LEVEL")]
+    pub log_level: LevelFilter,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Claims one export and offers it on a socket, in the foreground, until SIGTERM.
+    #[command(after_help = format!("\
+Example:
+  farbus-compute-agent attach --from 127.0.0.1:7420 --export disk0 --vfio-user /run/farbus/disk0.sock
+
+Prints one line that begins with \"ready\" when a VMM can connect. For QEMU, the guest's
+memory must be shared (memory-backend-memfd with share=on).
+
+{EXIT_CODES}"))]
+    Attach(AttachArgs),
+}
+
+#[derive(Args)]
+struct AttachArgs {
+    /// The device server that has the export.
+    #[arg(long, value_name = "HOST:PORT")]
+    from: String,
+    /// The export's name there.
+    #[arg(long, value_parser = parse_export_name)]
+    export: ExportName,
+    /// The UNIX socket to offer the function on, for vfio-user VMMs. Its directory is made if
+    /// it does not exist.
+    #[arg(long, value_name = "PATH")]
+    vfio_user: PathBuf,
+    /// How long to try to reach the device server before giving up, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    connect_timeout: u64,
+    /// Print the ready line as a JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_export_name(name: &str) -> Result<ExportName, String> {
+    ExportName::new(name).map_err(|error| error.to_string())
+}
+
+/// A failure with the exit code that tells of it.
+struct Failure(u8, anyhow::Error);
+
+impl Cli {
+    /// Runs the command to its end.
+    pub fn run(self) -> ExitCode {
+        let Command::Attach(args) = self.command;
+        match attach(&args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(Failure(code, error)) => {
+                error!("{error:#}");
+                ExitCode::from(code)
+            }
+        }
+    }
+}
+
+fn attach(args: &AttachArgs) -> Result<(), Failure> {
+    let name = args.export.as_str();
+    let source = Source {
+        address: args.from.clone(),
+        export: args.export.clone(),
+    };
+    let deadline = Duration::from_secs(args.connect_timeout);
+    let remote = claim(&args.from, &args.export, &label(), deadline)
+        .map_err(anyhow::Error::new)
+        .and_then(|claimed| {
+            info!("claimed export {name} of {} ({})", args.from, claimed.epoch);
+            let function = RemoteFunction::new(format!("{name} of {}", args.from), claimed)?;
+            Ok(Arc::new(function))
+        })
+        .with_context(|| format!("export {name} of {} cannot be claimed", args.from))
+        .map_err(|error| Failure(3, error))?;
+    let function: Arc<dyn Function> = remote.clone();
+    let endpoint = make_directory(&args.vfio_user)
+        .and_then(|()| Ok(Endpoint::bind(&args.vfio_user, function)?))
+        .with_context(|| format!("the socket {} cannot be offered", args.vfio_user.display()))
+        .map_err(|error| Failure(4, error))?;
+    serve(args, endpoint, remote, source).map_err(|error| Failure(1, error))
+}
+
+fn serve(
+    args: &AttachArgs,
+    endpoint: Endpoint,
+    remote: Arc<RemoteFunction>,
+    source: Source,
+) -> anyhow::Result<()> {
+    let worker = Worker::new(endpoint, remote, source)?;
+    announce(args)?;
+    worker.run()?;
+    info!("ended in order");
+    Ok(())
+}
+
+fn make_directory(socket: &std::path::Path) -> anyhow::Result<()> {
+    match socket.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => std::fs::create_dir_all(parent)
+            .with_context(|| format!("the directory {} cannot be made", parent.display())),
+        _ => Ok(()),
+    }
+}
+
+fn announce(args: &AttachArgs) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    let (name, path) = (args.export.as_str(), args.vfio_user.display());
+    if args.json {
+        let line =
+            serde_json::json!({"ready": true, "export": name, "vfio_user": path.to_string()});
+        writeln!(out, "{line}")?;
+    } else {
+        writeln!(out, "ready export={name} vfio-user={path}")?;
+    }
+    out.flush()
+}

@@ -1,0 +1,15 @@
+//! The compute server's side of Farbus: it offers functions that sit elsewhere to the VMMs
+//! of this host.
+//!
+//! - [`cli`]: the command line.
+//! - [`worker`]: one attachment's event loop, which joins the endpoint and the link.
+//! - [`reconnect`]: how a lost link is replaced.
+//! - [`vfio_user`]: the endpoint that a VMM connects to.
+//! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
+#![deny(unsafe_code)]
+
+pub mod cli;
+pub mod guest_memory;
+pub mod reconnect;
+pub mod vfio_user;
+pub mod worker;

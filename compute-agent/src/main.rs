@@ -1,0 +1,17 @@
+//! `farbus-compute-agent`: parses the command line and starts.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use farbus_compute_agent::cli::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    env_logger::Builder::new()
+        .filter_level(cli.log_level)
+        .format_target(false)
+        .init();
+    cli.run()
+}

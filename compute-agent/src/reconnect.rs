@@ -1,0 +1,106 @@
+//! How a lost link is replaced: a thread claims the export again, for as long as it takes,
+//! while the event loop goes on answering the VMM.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+
+use farbus_fabric::session::{ClaimedLink, client};
+use farbus_fabric::wire::ExportName;
+use log::{info, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+/// How long one attempt may take.
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// Pause after the first failed attempt; it doubles up to [`MAX_PAUSE`].
+const MIN_PAUSE: Duration = Duration::from_millis(50);
+/// Longest pause: what an operator waits at most once the device server is back.
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+
+/// Where the function is.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The device server, as `HOST:PORT`.
+    pub address: String,
+    /// The export there.
+    pub export: ExportName,
+}
+
+/// How this agent names itself to device servers: program, version, host and process.
+pub fn label() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let mut host = host.trim().to_owned();
+    let keep = host.char_indices().nth(24).map_or(host.len(), |(at, _)| at);
+    host.truncate(keep);
+    let version = env!("CARGO_PKG_VERSION");
+    format!(
+        "farbus-compute-agent {version} {host}/{}",
+        std::process::id()
+    )
+}
+
+/// An attempt to get a new link that is under way. Dropping it ends the attempt.
+pub struct Reconnect {
+    claimed: Receiver<ClaimedLink>,
+    _stop: Sender<()>,
+}
+
+impl Reconnect {
+    /// Starts trying; `done` is signalled when there is a link.
+    pub fn start(source: Source, done: Arc<EventFd>) -> std::io::Result<Self> {
+        let (send, claimed) = mpsc::channel();
+        let (stop, stopped) = mpsc::channel();
+        thread::Builder::new()
+            .name("reconnect".into())
+            .spawn(move || try_for_ever(&source, &send, &stopped, &done))?;
+        Ok(Self {
+            claimed,
+            _stop: stop,
+        })
+    }
+
+    /// The new link, once `done` was signalled.
+    pub fn take(&self) -> Option<ClaimedLink> {
+        self.claimed.try_recv().ok()
+    }
+}
+
+fn try_for_ever(
+    source: &Source,
+    send: &Sender<ClaimedLink>,
+    stopped: &Receiver<()>,
+    done: &EventFd,
+) {
+    let mut pause = MIN_PAUSE;
+    let mut told = String::new();
+    loop {
+        match client::claim(&source.address, &source.export, &label(), ATTEMPT) {
+            Ok(claimed) => {
+                info!(
+                    "claimed export {} again ({})",
+                    source.export.as_str(),
+                    claimed.epoch
+                );
+                if send.send(claimed).is_ok() {
+                    // A counter that is full has a signal waiting already.
+                    let _ = done.write(1);
+                }
+                return;
+            }
+            Err(error) => {
+                // Even what a new attempt cannot mend, an operator can, and a guest waits:
+                // so this goes on, and says each reason once.
+                let why = format!("{:#}", anyhow::Error::new(error));
+                if why != told {
+                    warn!("{} cannot be claimed yet: {why}", source.export.as_str());
+                    told = why;
+                }
+            }
+        }
+        if stopped.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected) {
+            return;
+        }
+        pause = (pause * 2).min(MAX_PAUSE);
+    }
+}

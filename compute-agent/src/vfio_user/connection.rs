@@ -1,0 +1,189 @@
+//! One client's socket: receives, has the session handle what came, sends what it answers.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use farbus_vfio::user::wire::MAX_MSG_FDS;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, RecvMsg, ReturnFlags, SendFlags,
+    Shutdown, recvmsg, send, shutdown,
+};
+
+use super::inbox::Inbox;
+use super::outbox::Outbox;
+use super::refusal::End;
+use super::session::{Progress, Session};
+
+/// How many messages, or writes of coalesced ones, one wake-up handles at most. At some
+/// microseconds each this is far below a millisecond; a burst of posted doorbells fits.
+const BUDGET: u32 = 64;
+
+/// What a wake-up left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Nothing that was received.
+    Nothing,
+    /// Messages that were received and not handled. The socket need not become readable for
+    /// them, so the endpoint has to come back by itself.
+    Messages,
+}
+
+pub(super) struct Connection {
+    stream: UnixStream,
+    inbox: Inbox,
+    outbox: Outbox,
+    session: Session,
+}
+
+impl Connection {
+    /// `stream` is non-blocking.
+    pub(super) fn new(stream: UnixStream, session: Session) -> Self {
+        Self {
+            stream,
+            inbox: Inbox::new(),
+            outbox: Outbox::new(),
+            session,
+        }
+    }
+
+    pub(super) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Whether there are replies that wait until the socket can be written to.
+    pub(super) fn has_unsent(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// Whether the client has closed its end; what it sent before may still be unread.
+    pub(super) fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        matches!(poll(&mut fds, Some(&now)), Ok(1..))
+            && fds.iter().any(|fd| fd.revents().intersects(gone))
+    }
+
+    /// One wake-up: handles what was received before, then receives once and handles that.
+    pub(super) fn serve(&mut self) -> Result<Left, End> {
+        let mut budget = BUDGET;
+        self.flush()?;
+        if self.handle(&mut budget)? == Left::Messages {
+            return Ok(Left::Messages);
+        }
+        if !self.receive()? {
+            return Ok(Left::Nothing);
+        }
+        self.handle(&mut budget)
+    }
+
+    /// Handles received messages, within the budget. Each is answered before the next one is
+    /// looked at.
+    fn handle(&mut self, budget: &mut u32) -> Result<Left, End> {
+        while let Some(message) = self.inbox.next()? {
+            if *budget == 0 {
+                return Ok(Left::Messages);
+            }
+            let handled = self.session.handle(message, &mut self.outbox, budget);
+            if self.session.memory_lost() {
+                return Err(End::MemoryLost);
+            }
+            if handled? == Progress::Unfinished {
+                return Ok(Left::Messages);
+            }
+            self.inbox.consume();
+            self.flush()?;
+        }
+        Ok(Left::Nothing)
+    }
+
+    /// Receives once. Whether anything came.
+    fn receive(&mut self) -> Result<bool, End> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MSG_FDS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let mut buffers = [IoSliceMut::new(self.inbox.space())];
+        let RecvMsg { bytes, flags, .. } =
+            match recvmsg(&self.stream, &mut buffers, &mut ancillary, flags) {
+                Ok(received) => received,
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(false),
+                Err(Errno::CONNRESET) => return Err(self.closed()),
+                Err(error) => return Err(End::Socket(error.into())),
+            };
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(received) = message {
+                fds.extend(received);
+            }
+        }
+        if flags.contains(ReturnFlags::CTRUNC) {
+            return Err(End::FdsLost);
+        }
+        if bytes == 0 {
+            return Err(self.closed());
+        }
+        self.inbox.received(bytes, fds)?;
+        Ok(true)
+    }
+
+    fn closed(&self) -> End {
+        if self.inbox.is_partial() {
+            End::ClosedInMessage
+        } else {
+            End::Closed
+        }
+    }
+
+    /// Sends what the socket takes.
+    fn flush(&mut self) -> Result<(), End> {
+        while !self.outbox.is_empty() {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match send(&self.stream, self.outbox.first(), flags) {
+                Ok(len) => self.outbox.sent(len),
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(End::Closed),
+                Err(error) => return Err(End::Socket(error.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the client's memory broke.
+    pub(super) fn memory_lost(&self) -> bool {
+        self.session.memory_lost()
+    }
+
+    /// Ends the conversation. The client still gets what was answered, as far as its socket
+    /// takes it, and then the end of the stream. What it sent meanwhile is read and dropped:
+    /// closed with unread data the socket would tell it of a reset, and QEMU takes that worse.
+    pub(super) fn end(&mut self, why: &End) {
+        let _ = self.flush();
+        // A socket that the client has closed already cannot be shut down, and need not be.
+        let _ = shutdown(&self.stream, Shutdown::Both);
+        self.session.end(why);
+        let held_at_most = 64;
+        for _ in 0..held_at_most {
+            if !matches!(self.discard(), Ok(1..)) {
+                break;
+            }
+        }
+    }
+
+    /// Receives once, to nowhere; descriptors are closed.
+    fn discard(&mut self) -> Result<usize, Errno> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MSG_FDS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let mut scratch = [0; 8 << 10];
+        let mut buffers = [IoSliceMut::new(&mut scratch)];
+        recvmsg(&self.stream, &mut buffers, &mut ancillary, flags).map(|received| received.bytes)
+    }
+}

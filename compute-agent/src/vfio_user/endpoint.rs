@@ -1,0 +1,336 @@
+//! The endpoint: a socket in an event loop, which serves one VMM after the other.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use farbus_vfio::Function;
+use farbus_vfio::user::wire::{HEADER_LEN, Header};
+use log::{error, info, warn};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::connection::{Connection, Left};
+use super::listener::{EndpointError, Listener};
+use super::peer::pid_of;
+use super::refusal::End;
+use super::session::Session;
+
+/// How many clients can be in the course of being turned away.
+const MAX_TURNED_AWAY: usize = 4;
+
+/// Offers a function to VMMs at a UNIX socket.
+///
+/// It works as a subscriber of an [`event_manager::EventManager`]. One client is served at a
+/// time; another one that connects meanwhile is told `EBUSY`. When the client has gone, the
+/// function is reset and the next one may connect.
+///
+/// ```no_run
+/// # fn offer(function: std::sync::Arc<dyn farbus_vfio::Function>) -> anyhow::Result<()> {
+/// use event_manager::{EventManager, SubscriberOps};
+/// use farbus_compute_agent::vfio_user::Endpoint;
+///
+/// let endpoint = Endpoint::bind("/run/farbus/disk0.sock".as_ref(), function)?;
+/// let mut events = EventManager::new()?;
+/// let id = events.add_subscriber(endpoint);
+/// events.run()?;
+/// events.remove_subscriber(id)?.shutdown();
+/// # Ok(())
+/// # }
+/// ```
+pub struct Endpoint {
+    listener: Listener,
+    /// The listener's path, for log lines.
+    name: String,
+    function: Arc<dyn Function>,
+    /// Wakes us up for what no socket does: received messages that wait for their turn, and
+    /// guest memory that broke.
+    wake: Arc<EventFd>,
+    client: Option<Connection>,
+    turned_away: Vec<TurnedAway>,
+    turned_away_during_client: u64,
+    /// The listener is not watched, since nothing can be accepted until the client leaves.
+    is_listener_paused: bool,
+    is_shut_down: bool,
+}
+
+impl Endpoint {
+    /// Listens at `path`, which must be free or left behind by a server that is no more. The
+    /// socket file has mode 0660 from the beginning.
+    pub fn bind(path: &Path, function: Arc<dyn Function>) -> Result<Self, EndpointError> {
+        let name = path.display().to_string();
+        let wake =
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| EndpointError::EventFd {
+                path: name.clone(),
+                source,
+            })?;
+        Ok(Self {
+            listener: Listener::bind(path)?,
+            name,
+            function,
+            wake: Arc::new(wake),
+            client: None,
+            turned_away: Vec::new(),
+            turned_away_during_client: 0,
+            is_listener_paused: false,
+            is_shut_down: false,
+        })
+    }
+
+    /// Where VMMs connect.
+    pub fn path(&self) -> &Path {
+        self.listener.path()
+    }
+
+    /// Whether a client is connected.
+    pub fn has_client(&self) -> bool {
+        self.client.is_some()
+    }
+
+    /// Closes down in order: removes the socket file, ends the client's connection so that
+    /// it notices, and brings the function to its initial state. To be called when the
+    /// event loop is over or the endpoint was removed from it, since descriptors are closed
+    /// only when the endpoint is dropped.
+    pub fn shutdown(&mut self) {
+        if std::mem::replace(&mut self.is_shut_down, true) {
+            return;
+        }
+        self.listener.unlink();
+        if let Some(client) = &mut self.client {
+            client.end(&End::Shutdown);
+        }
+    }
+
+    fn on_listener(&mut self, ops: &mut EventOps<'_>) {
+        // A VMM that restarts connects again while the end of its first connection is still
+        // to be read. That comes first; the listener stays ready meanwhile.
+        if self.client.as_ref().is_some_and(Connection::is_hung_up) {
+            self.serve_client(ops);
+            if self.client.is_some() {
+                return;
+            }
+        }
+        match self.listener.accept() {
+            Ok(Some(stream)) if self.client.is_some() => self.turn_away(stream, ops),
+            Ok(Some(stream)) => self.take_client(stream, ops),
+            Ok(None) => {}
+            Err(error) => {
+                error!(
+                    "vfio-user {}: cannot accept a connection: {error}",
+                    self.name
+                );
+                // Most likely no descriptor is free. The listener would wake us up again at
+                // once; it is left alone until the client gives back what it has.
+                if self.client.is_some() {
+                    self.watch_listener(false, ops);
+                }
+            }
+        }
+    }
+
+    fn watch_listener(&mut self, watch: bool, ops: &mut EventOps<'_>) {
+        let events = if watch {
+            EventSet::IN
+        } else {
+            EventSet::empty()
+        };
+        log_failure(&self.name, ops.modify(Events::new(&self.listener, events)));
+        self.is_listener_paused = !watch;
+    }
+
+    fn take_client(&mut self, stream: UnixStream, ops: &mut EventOps<'_>) {
+        if let Err(error) = ops.add(Events::new(&stream, EventSet::IN)) {
+            error!(
+                "vfio-user {}: cannot watch a connection: {error}",
+                self.name
+            );
+            return;
+        }
+        let peer = pid_of(&stream);
+        let session = Session::new(self.function.clone(), &self.name, peer, self.wake.clone());
+        self.client = Some(Connection::new(stream, session));
+        self.turned_away_during_client = 0;
+        // Its first request is most likely there already.
+        self.serve_client(ops);
+    }
+
+    /// One wake-up's worth of work for the client.
+    fn serve_client(&mut self, ops: &mut EventOps<'_>) {
+        let Some(client) = &mut self.client else {
+            return;
+        };
+        let had_unsent = client.has_unsent();
+        let served = if client.memory_lost() {
+            Err(End::MemoryLost)
+        } else {
+            client.serve()
+        };
+        let left = match served {
+            Ok(left) => left,
+            Err(why) => return self.drop_client(&why, ops),
+        };
+        let has_unsent = client.has_unsent();
+        if has_unsent != had_unsent {
+            let out = if has_unsent {
+                EventSet::OUT
+            } else {
+                EventSet::empty()
+            };
+            let events = Events::new(client.stream(), EventSet::IN | out);
+            log_failure(&self.name, ops.modify(events));
+        }
+        if left == Left::Messages {
+            // A full counter means that we are to be woken up anyway.
+            let _ = self.wake.write(1);
+        }
+    }
+
+    fn drop_client(&mut self, why: &End, ops: &mut EventOps<'_>) {
+        let Some(mut client) = self.client.take() else {
+            return;
+        };
+        log_failure(&self.name, ops.remove(Events::empty(client.stream())));
+        client.end(why);
+        if self.turned_away_during_client > 0 {
+            let count = self.turned_away_during_client;
+            info!(
+                "vfio-user {}: {count} others were turned away meanwhile",
+                self.name
+            );
+        }
+        if self.is_listener_paused {
+            self.watch_listener(true, ops);
+        }
+    }
+
+    /// A client while there is one already. QEMU takes five seconds to see that a connection
+    /// was closed on it, and gives the reason at once when it gets an error reply; that needs
+    /// the id of its first message.
+    fn turn_away(&mut self, stream: UnixStream, ops: &mut EventOps<'_>) {
+        if self.turned_away_during_client == 0 {
+            let pid = pid_of(&stream).map_or("unknown".to_owned(), |pid| pid.to_string());
+            warn!(
+                "vfio-user {}: turned away pid {pid}: another client is served",
+                self.name
+            );
+        }
+        self.turned_away_during_client = self.turned_away_during_client.saturating_add(1);
+        if self.turned_away.len() >= MAX_TURNED_AWAY {
+            let oldest = self.turned_away.remove(0);
+            log_failure(&self.name, ops.remove(Events::empty(&oldest.stream)));
+        }
+        let mut turned_away = TurnedAway {
+            stream,
+            head: [0; HEADER_LEN],
+            received: 0,
+        };
+        if turned_away.is_told() {
+            return;
+        }
+        match ops.add(Events::new(&turned_away.stream, EventSet::IN)) {
+            Ok(()) => self.turned_away.push(turned_away),
+            Err(error) => error!(
+                "vfio-user {}: cannot watch a connection: {error}",
+                self.name
+            ),
+        }
+    }
+
+    fn on_turned_away(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
+        let Some(index) = self
+            .turned_away
+            .iter()
+            .position(|t| t.stream.as_raw_fd() == fd)
+        else {
+            return;
+        };
+        if self
+            .turned_away
+            .get_mut(index)
+            .is_some_and(TurnedAway::is_told)
+        {
+            let told = self.turned_away.remove(index);
+            log_failure(&self.name, ops.remove(Events::empty(&told.stream)));
+        }
+    }
+}
+
+impl MutEventSubscriber for Endpoint {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if self.is_shut_down {
+            return;
+        }
+        let fd = events.fd();
+        if fd == self.listener.as_raw_fd() {
+            self.on_listener(ops);
+        } else if fd == self.wake.as_raw_fd() {
+            // Another wake-up may have emptied it.
+            let _ = self.wake.read();
+            self.serve_client(ops);
+        } else if self
+            .client
+            .as_ref()
+            .is_some_and(|client| client.stream().as_raw_fd() == fd)
+        {
+            self.serve_client(ops);
+        } else {
+            self.on_turned_away(fd, ops);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        log_failure(
+            &self.name,
+            ops.add(Events::new(&self.listener, EventSet::IN)),
+        );
+        log_failure(
+            &self.name,
+            ops.add(Events::new(self.wake.as_ref(), EventSet::IN)),
+        );
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+/// The event loop refuses a descriptor only when it is out of memory or of watches.
+fn log_failure(name: &str, result: Result<(), event_manager::Error>) {
+    if let Err(error) = result {
+        error!("vfio-user {name}: the event loop refused a descriptor: {error}");
+    }
+}
+
+/// A client that is not served and has to be told.
+struct TurnedAway {
+    stream: UnixStream,
+    head: [u8; HEADER_LEN],
+    received: usize,
+}
+
+impl TurnedAway {
+    /// Goes on telling it; whether that is done, or cannot be.
+    fn is_told(&mut self) -> bool {
+        let room = self.head.get_mut(self.received..).unwrap_or_default();
+        match recv(&self.stream, room, RecvFlags::DONTWAIT) {
+            Ok((_, len @ 1..)) => self.received += len,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return false,
+            Ok(_) | Err(_) => return true,
+        }
+        if self.received < HEADER_LEN {
+            return false;
+        }
+        let reply = Header::decode(&self.head).error_reply(libc::EBUSY).encode();
+        // A fresh socket has room for 16 bytes; a client that has gone needs none.
+        let _ = send(
+            &self.stream,
+            &reply,
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        );
+        true
+    }
+}

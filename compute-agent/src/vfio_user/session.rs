@@ -1,0 +1,427 @@
+//! One client's conversation: what each of its messages does to the function.
+//!
+//! It knows no socket. Messages come from an [`Inbox`](super::inbox::Inbox), replies go to an
+//! [`Outbox`].
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use farbus_vfio::Function;
+use farbus_vfio::user::body::{RegionAccess, Version, WriteMulti, decode_region_write};
+use farbus_vfio::user::caps::Capabilities;
+use farbus_vfio::user::wire::{
+    Command, DMA_PAGE, Header, MAX_DATA_XFER, MAX_MSG_FDS, MessageType, VERSION_MAJOR,
+    VERSION_MINOR,
+};
+use log::{info, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::inbox::Message;
+use super::irqs::Irqs;
+use super::outbox::{Full, Outbox};
+use super::refusal::{End, Refusal};
+use super::{dma, regions};
+use crate::guest_memory::{GuestMemory, MAX_WINDOWS};
+
+/// How many refused commands of a client are logged, one by one.
+const LOGGED_REFUSALS: u32 = 16;
+
+/// What can be done with a client, and what this server tells of itself.
+const CAPABILITIES: Capabilities = Capabilities {
+    max_msg_fds: Some(MAX_MSG_FDS as u64),
+    max_data_xfer_size: Some(MAX_DATA_XFER as u64),
+    max_dma_maps: Some(MAX_WINDOWS as u64),
+    pgsizes: Some(DMA_PAGE),
+    write_multiple: Some(true),
+};
+
+/// How far the handling of a message got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// It is done.
+    Done,
+    /// The budget is used up and the message is to be handled again, to go on with it.
+    Unfinished,
+}
+
+/// How far the current `REGION_WRITE_MULTI` got.
+#[derive(Debug, Default)]
+struct MultiProgress {
+    /// Writes that were looked at.
+    seen: usize,
+    /// Those of them that were done.
+    done: u64,
+}
+
+pub(super) struct Session {
+    function: Arc<dyn Function>,
+    /// For log lines: the socket and the client.
+    name: String,
+    peer: Option<u32>,
+    negotiated: bool,
+    memory: GuestMemory,
+    irqs: Irqs,
+    multi: MultiProgress,
+    refusals: u32,
+}
+
+impl Session {
+    /// A client of which nothing has been heard yet. `lost` is signalled when its memory
+    /// breaks; see [`GuestMemory::lost`].
+    pub(super) fn new(
+        function: Arc<dyn Function>,
+        socket: &str,
+        peer: Option<u32>,
+        lost: Arc<EventFd>,
+    ) -> Self {
+        let pid = peer.map_or("pid unknown".to_owned(), |pid| format!("pid {pid}"));
+        Self {
+            function,
+            name: format!("{socket} ({pid})"),
+            peer,
+            negotiated: false,
+            memory: GuestMemory::new(lost),
+            irqs: Irqs::default(),
+            multi: MultiProgress::default(),
+            refusals: 0,
+        }
+    }
+
+    /// Whether the client's memory broke.
+    pub(super) fn memory_lost(&self) -> bool {
+        self.memory.lost()
+    }
+
+    /// Handles one message. Each access to the function takes one off `budget`.
+    pub(super) fn handle(
+        &mut self,
+        message: Message<'_>,
+        outbox: &mut Outbox,
+        budget: &mut u32,
+    ) -> Result<Progress, End> {
+        let Message { header, body, fds } = message;
+        *budget = budget.saturating_sub(1);
+        match header.message_type()? {
+            // This server sends no commands, so whatever this answers was never asked.
+            MessageType::Reply => return Ok(Progress::Done),
+            MessageType::Command => {}
+        }
+        let command = Command::from_number(header.command);
+        if !self.negotiated {
+            return self
+                .shake_hands(command, &header, body, outbox)
+                .map(|()| Progress::Done);
+        }
+        if command == Some(Command::RegionWriteMulti) {
+            return self.write_multi(&header, body, outbox, budget);
+        }
+        let outcome = match command {
+            Some(Command::RegionWrite) => self.region_write(&header, body, outbox)?,
+            Some(Command::RegionRead) => self.region_read(&header, body, outbox)?,
+            Some(command) => match self.control(command, body, fds) {
+                Ok(answer) => {
+                    self.reply(&header, answer.bytes(), outbox)?;
+                    Ok(())
+                }
+                Err(refusal) => Err(refusal),
+            },
+            None => Err(Refusal::UnknownCommand(header.command)),
+        };
+        match outcome {
+            Ok(()) => Ok(Progress::Done),
+            Err(refusal) => self
+                .refuse(&header, refusal, outbox)
+                .map(|()| Progress::Done),
+        }
+    }
+
+    /// The commands that set the device up; what the reply holds.
+    fn control(
+        &mut self,
+        command: Command,
+        body: &[u8],
+        fds: Vec<OwnedFd>,
+    ) -> Result<Answer, Refusal> {
+        let function = self.function.as_ref();
+        match command {
+            Command::DmaMap => {
+                dma::map(function, &mut self.memory, self.peer, body, fds)?;
+                Ok(Answer::EMPTY)
+            }
+            Command::DmaUnmap => {
+                dma::unmap(function, &mut self.memory, body).map(|a| Answer::new(&a.encode()))
+            }
+            Command::DeviceGetInfo => {
+                regions::device_info(function, body).map(|a| Answer::new(&a.encode()))
+            }
+            Command::DeviceGetRegionInfo => {
+                regions::region_info(function, body).map(|a| Answer::new(&a.encode()))
+            }
+            Command::DeviceGetIrqInfo => {
+                regions::irq_info(function, body).map(|a| Answer::new(&a.encode()))
+            }
+            Command::DeviceSetIrqs => {
+                self.irqs.set(function, body, fds)?;
+                Ok(Answer::EMPTY)
+            }
+            Command::DeviceReset => {
+                function.reset()?;
+                Ok(Answer::EMPTY)
+            }
+            Command::Version => Err(Refusal::VersionTwice),
+            // An optimisation for doorbells through KVM; the specification lets a server do
+            // without.
+            Command::DeviceGetRegionIoFds => Err(Refusal::Unsupported("register access by fds")),
+            Command::DeviceFeature | Command::MigDataRead | Command::MigDataWrite => {
+                Err(Refusal::Unsupported("migration"))
+            }
+            Command::DmaRead | Command::DmaWrite => {
+                Err(Refusal::Unsupported("a command of servers, from a client"))
+            }
+            Command::RegionRead | Command::RegionWrite | Command::RegionWriteMulti => {
+                Err(Refusal::UnknownCommand(command as u16))
+            }
+        }
+    }
+
+    /// Everything before the version has been agreed on.
+    fn shake_hands(
+        &mut self,
+        command: Option<Command>,
+        header: &Header,
+        body: &[u8],
+        outbox: &mut Outbox,
+    ) -> Result<(), End> {
+        if command != Some(Command::Version) || header.no_reply() {
+            if !header.no_reply() {
+                outbox.reply(&header.error_reply(libc::EINVAL), &[])?;
+            }
+            return Err(End::NotNegotiated(header.command));
+        }
+        match answer_version(body) {
+            Ok(answer) => {
+                outbox.reply(&header.reply(answer.len()), &answer)?;
+                self.negotiated = true;
+                info!("vfio-user {}: client connected", self.name);
+                Ok(())
+            }
+            Err(refusal) => {
+                outbox.reply(&header.error_reply(refusal.errno()), &[])?;
+                Err(End::Handshake(refusal))
+            }
+        }
+    }
+
+    fn region_read(
+        &self,
+        header: &Header,
+        body: &[u8],
+        outbox: &mut Outbox,
+    ) -> Result<Result<(), Refusal>, End> {
+        let checked = RegionAccess::decode(body)
+            .map_err(Refusal::from)
+            .and_then(|ask| {
+                if ask.count as usize > MAX_DATA_XFER {
+                    return Err(Refusal::TransferTooLong {
+                        count: ask.count,
+                        max: MAX_DATA_XFER,
+                    });
+                }
+                let at = regions::place(self.function.as_ref(), ask.region, ask.offset, ask.count)?;
+                Ok((ask, at))
+            });
+        let (ask, at) = match checked {
+            Ok(checked) => checked,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let len = RegionAccess::LEN + ask.count as usize;
+        let answer = outbox.reserve(len)?;
+        let Some((head, data)) = answer.split_first_chunk_mut() else {
+            return Err(Full.into());
+        };
+        *head = ask.encode();
+        if let Err(refusal) = regions::read(self.function.as_ref(), at, data) {
+            return Ok(Err(refusal));
+        }
+        if !header.no_reply() {
+            outbox.commit(&header.reply(len))?;
+        }
+        Ok(Ok(()))
+    }
+
+    fn region_write(
+        &self,
+        header: &Header,
+        body: &[u8],
+        outbox: &mut Outbox,
+    ) -> Result<Result<(), Refusal>, End> {
+        let done = decode_region_write(body)
+            .map_err(Refusal::from)
+            .and_then(|(ask, data)| {
+                regions::write(self.function.as_ref(), ask.region, ask.offset, data)?;
+                Ok(ask)
+            });
+        match done {
+            Ok(ask) => self.reply(header, &ask.encode(), outbox).map(Ok),
+            Err(refusal) => Ok(Err(refusal)),
+        }
+    }
+
+    /// Several writes, in order; the budget may end in the middle of them. One that is
+    /// refused does not keep the others from being done, as if each had come on its own; the
+    /// reply tells how many were done.
+    fn write_multi(
+        &mut self,
+        header: &Header,
+        body: &[u8],
+        outbox: &mut Outbox,
+        budget: &mut u32,
+    ) -> Result<Progress, End> {
+        let multi = match WriteMulti::decode(body) {
+            Ok(multi) => multi,
+            Err(error) => {
+                return self
+                    .refuse(header, error.into(), outbox)
+                    .map(|()| Progress::Done);
+            }
+        };
+        for write in multi.iter().skip(self.multi.seen) {
+            self.multi.seen += 1;
+            match regions::write_one(self.function.as_ref(), &write) {
+                Ok(()) => self.multi.done += 1,
+                Err(refusal) => self.log_refusal(header, &refusal),
+            }
+            if *budget == 0 && self.multi.seen < multi.count() {
+                return Ok(Progress::Unfinished);
+            }
+            *budget = budget.saturating_sub(1);
+        }
+        let done = std::mem::take(&mut self.multi).done;
+        self.reply(header, &done.to_ne_bytes(), outbox)?;
+        Ok(Progress::Done)
+    }
+
+    fn reply(&self, header: &Header, body: &[u8], outbox: &mut Outbox) -> Result<(), End> {
+        if !header.no_reply() {
+            outbox.reply(&header.reply(body.len()), body)?;
+        }
+        Ok(())
+    }
+
+    /// Answers with an error. A command that wants no reply gets none, and goes unheard as a
+    /// posted write to nowhere does.
+    fn refuse(
+        &mut self,
+        header: &Header,
+        refusal: Refusal,
+        outbox: &mut Outbox,
+    ) -> Result<(), End> {
+        if !refusal.is_final() {
+            self.log_refusal(header, &refusal);
+        }
+        if !header.no_reply() {
+            outbox.reply(&header.error_reply(refusal.errno()), &[])?;
+        }
+        if refusal.is_final() {
+            Err(End::Memory(refusal))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn log_refusal(&mut self, header: &Header, refusal: &Refusal) {
+        self.refusals = self.refusals.saturating_add(1);
+        if self.refusals <= LOGGED_REFUSALS {
+            warn!(
+                "vfio-user {}: command {} refused: {refusal}",
+                self.name, header.command
+            );
+        }
+        if self.refusals == LOGGED_REFUSALS {
+            warn!("vfio-user {}: further refusals are not logged", self.name);
+        }
+    }
+
+    /// The client is gone: takes everything back that it had given, and brings the function
+    /// to its initial state. A client that never got past the handshake has changed nothing.
+    pub(super) fn end(&mut self, why: &End) {
+        if !self.negotiated {
+            if !why.is_orderly() {
+                warn!("vfio-user {}: connection refused: {why}", self.name);
+            }
+            return;
+        }
+        if why.is_orderly() {
+            info!("vfio-user {}: client gone: {why}", self.name);
+        } else {
+            warn!("vfio-user {}: client dropped: {why}", self.name);
+        }
+        let function = self.function.as_ref();
+        let left = [
+            ("interrupts", self.irqs.clear(function)),
+            ("guest memory", dma::unmap_all(function, &mut self.memory)),
+            ("reset", function.reset().map_err(Refusal::from)),
+        ];
+        for (what, result) in left {
+            if let Err(error) = result {
+                warn!(
+                    "vfio-user {}: {what} after the client had gone: {error}",
+                    self.name
+                );
+            }
+        }
+        self.negotiated = false;
+    }
+}
+
+/// The reply to a version request.
+fn answer_version(body: &[u8]) -> Result<Vec<u8>, Refusal> {
+    let version = Version::decode(body)?;
+    let Version { major, minor } = version;
+    if major != VERSION_MAJOR {
+        return Err(Refusal::Version { major, minor });
+    }
+    let proposed = Capabilities::decode(body.get(Version::LEN..).unwrap_or_default())?;
+    let agreed = Version {
+        major,
+        minor: minor.min(VERSION_MINOR),
+    };
+    Ok([
+        &agreed.encode()[..],
+        &CAPABILITIES.answer_to(&proposed).encode(),
+    ]
+    .concat())
+}
+
+/// The body of a reply with a fixed layout.
+struct Answer {
+    bytes: [u8; Self::MAX],
+    len: usize,
+}
+
+impl Answer {
+    /// The longest one: a region's description.
+    const MAX: usize = 32;
+    const EMPTY: Self = Self {
+        bytes: [0; Self::MAX],
+        len: 0,
+    };
+
+    fn new<const N: usize>(body: &[u8; N]) -> Self {
+        const { assert!(N <= Self::MAX) };
+        let mut answer = Self {
+            bytes: [0; Self::MAX],
+            len: N,
+        };
+        answer
+            .bytes
+            .iter_mut()
+            .zip(body)
+            .for_each(|(to, from)| *to = *from);
+        answer
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+}

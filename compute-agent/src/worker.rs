@@ -1,0 +1,225 @@
+//! One attachment's event loop: the endpoint on one side, the link on the other, everything
+//! on one thread. Nothing here waits for anything but the event loop itself.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
+use farbus_shadow_mem::remote::{LinkInterest, RemoteFunction};
+use log::{error, info, warn};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::reconnect::{Reconnect, Source};
+use crate::vfio_user::Endpoint;
+
+/// How often the link is asked for a sign of life.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What the event loop serves.
+enum Subscriber {
+    Endpoint(Box<Endpoint>),
+    Link(Arc<RemoteFunction>),
+    /// Readable at SIGTERM or SIGINT.
+    Signals {
+        pipe: OwnedFd,
+        raised: bool,
+    },
+    /// Signalled when a new link has been claimed.
+    Reconnected {
+        event: Arc<EventFd>,
+        raised: bool,
+    },
+}
+
+/// What the event loop waits for on the link at hand; links come and go.
+#[derive(Clone, Copy, Default)]
+struct LinkWatch(Option<LinkInterest>);
+
+impl MutEventSubscriber for Subscriber {
+    fn init(&mut self, ops: &mut EventOps) {
+        let added = match self {
+            Self::Endpoint(endpoint) => return endpoint.init(ops),
+            // Watched by the worker, once there is a link to watch.
+            Self::Link(_) => return,
+            Self::Signals { pipe, .. } => ops.add(Events::new(pipe, EventSet::IN)),
+            Self::Reconnected { event, .. } => ops.add(Events::new(&**event, EventSet::IN)),
+        };
+        if let Err(error) = added {
+            error!("the event loop does not take a descriptor: {error}");
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match self {
+            Self::Endpoint(endpoint) => endpoint.process(events, ops),
+            Self::Link(remote) => remote.service(),
+            Self::Signals { raised, .. } => *raised = true,
+            Self::Reconnected { event, raised } => {
+                let _ = event.read();
+                *raised = true;
+            }
+        }
+    }
+}
+
+impl LinkWatch {
+    /// Makes the event loop wait for what the link waits for now.
+    fn update(&mut self, wanted: Option<LinkInterest>, ops: &mut EventOps) {
+        let events = |interest: &LinkInterest| {
+            let set = if interest.writable {
+                EventSet::IN | EventSet::OUT
+            } else {
+                EventSet::IN
+            };
+            Events::new_raw(interest.descriptor, set)
+        };
+        if self.0 == wanted {
+            return;
+        }
+        let done = match (&self.0, &wanted) {
+            (None, None) => Ok(()),
+            (None, Some(new)) => ops.add(events(new)),
+            (Some(old), None) => ops.remove(events(old)),
+            (Some(old), Some(new)) if old.descriptor == new.descriptor => ops.modify(events(new)),
+            (Some(old), Some(new)) => ops.remove(events(old)).and_then(|()| ops.add(events(new))),
+        };
+        if let Err(error) = done {
+            error!("the event loop does not take the link: {error}");
+        }
+        self.0 = wanted;
+    }
+}
+
+/// See the module's own description.
+pub struct Worker {
+    manager: EventManager<Subscriber>,
+    endpoint: SubscriberId,
+    link: SubscriberId,
+    signals: SubscriberId,
+    reconnected: SubscriberId,
+    remote: Arc<RemoteFunction>,
+    source: Source,
+    done: Arc<EventFd>,
+    reconnect: Option<Reconnect>,
+    watched: LinkWatch,
+}
+
+impl Worker {
+    /// Joins an endpoint and the remote function that it offers.
+    pub fn new(
+        endpoint: Endpoint,
+        remote: Arc<RemoteFunction>,
+        source: Source,
+    ) -> anyhow::Result<Self> {
+        let mut manager = EventManager::new().context("the event loop cannot be made")?;
+        let done = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        Ok(Self {
+            endpoint: manager.add_subscriber(Subscriber::Endpoint(Box::new(endpoint))),
+            link: manager.add_subscriber(Subscriber::Link(remote.clone())),
+            signals: manager.add_subscriber(Subscriber::Signals {
+                pipe: signals()?,
+                raised: false,
+            }),
+            reconnected: manager.add_subscriber(Subscriber::Reconnected {
+                event: done.clone(),
+                raised: false,
+            }),
+            manager,
+            remote,
+            source,
+            done,
+            reconnect: None,
+            watched: LinkWatch::default(),
+        })
+    }
+
+    /// Runs until SIGTERM or SIGINT; then closes the VMM's socket and gives the export back.
+    pub fn run(mut self) -> anyhow::Result<()> {
+        let mut due = Instant::now() + TICK;
+        self.update_watch()?;
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            self.manager
+                .run_with_timeout(left.as_millis() as i32 + 1)
+                .context("the event loop failed")?;
+            if Instant::now() >= due {
+                due = Instant::now() + TICK;
+                self.remote.tick();
+            }
+            self.look_after_link()?;
+            if self.is_ended()? {
+                return self.end();
+            }
+        }
+    }
+
+    fn is_ended(&mut self) -> anyhow::Result<bool> {
+        let signals = self.manager.subscriber_mut(self.signals)?;
+        Ok(matches!(signals, Subscriber::Signals { raised: true, .. }))
+    }
+
+    /// Replaces a link that was lost, and waits for what the link at hand waits for.
+    fn look_after_link(&mut self) -> anyhow::Result<()> {
+        let lost = self.remote.take_lost();
+        if let Some(lost) = &lost {
+            warn!(
+                "the link to {} is lost ({}); the guest's commands wait for a new one",
+                self.source.address, lost.error
+            );
+            self.reconnect = Some(Reconnect::start(self.source.clone(), self.done.clone())?);
+        }
+        self.update_watch()?;
+        // Only now, with the event loop past it, may its descriptor be closed.
+        drop(lost);
+        let reconnected = self.manager.subscriber_mut(self.reconnected)?;
+        let raised = match reconnected {
+            Subscriber::Reconnected { raised, .. } => std::mem::take(raised),
+            _ => false,
+        };
+        if let (true, Some(reconnect)) = (raised, &self.reconnect) {
+            if let Some(claimed) = reconnect.take() {
+                self.reconnect = None;
+                match self.remote.reconnect(claimed) {
+                    Ok(()) => info!("the guest's controller is rebuilt on the new link"),
+                    Err(error) => error!("{:#}", anyhow::Error::new(error)),
+                }
+                self.update_watch()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn update_watch(&mut self) -> anyhow::Result<()> {
+        let mut watched = self.watched;
+        watched.update(
+            self.remote.link_interest(),
+            &mut self.manager.event_ops(self.link)?,
+        );
+        self.watched = watched;
+        Ok(())
+    }
+
+    fn end(mut self) -> anyhow::Result<()> {
+        if let Subscriber::Endpoint(endpoint) = self.manager.subscriber_mut(self.endpoint)? {
+            endpoint.shutdown();
+        }
+        self.remote.release();
+        Ok(())
+    }
+}
+
+fn signals() -> io::Result<OwnedFd> {
+    let (reader, writer) = UnixStream::pair()?;
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
+    }
+    Ok(reader.into())
+}

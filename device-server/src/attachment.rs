@@ -1,0 +1,146 @@
+//! The event loop of one claim: link and function on one thread, run to completion.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use farbus_fabric::{FabricError, Received};
+use farbus_shadow_mem::nvme::device::DeviceHalf;
+use farbus_shadow_mem::session::Session;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Silence after which the claimant is taken for dead. A live one says something every second.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Messages received before other work has its turn.
+const RECEIVE_BURST: usize = 64;
+
+const LINK: u64 = 0;
+const INTERRUPT: u64 = 1;
+const STOP: u64 = 2;
+
+/// How an attachment ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// The claimant gave the export back, or closed its connection.
+    Released,
+    /// This process ends.
+    Stopped,
+    /// The claimant is gone or broke the protocol.
+    Lost(FabricError),
+}
+
+/// One claim at work.
+pub struct Attachment {
+    half: DeviceHalf,
+    session: Session,
+    heard: Instant,
+    ticked: Instant,
+}
+
+impl Attachment {
+    /// From the two ends that it joins.
+    pub fn new(half: DeviceHalf, session: Session) -> Self {
+        let now = Instant::now();
+        Self {
+            half,
+            session,
+            heard: now,
+            ticked: now,
+        }
+    }
+
+    /// Runs until the claim ends, or `stop` is readable.
+    pub fn run(mut self, stop: &EventFd) -> Ended {
+        match self.serve(stop) {
+            Ok(ended) => ended,
+            Err(FabricError::Closed) => Ended::Released,
+            Err(error) => Ended::Lost(error),
+        }
+    }
+
+    fn serve(&mut self, stop: &EventFd) -> Result<Ended, FabricError> {
+        let what = |what| move |source| FabricError::Io { what, source };
+        let link = self.session.descriptor().as_raw_fd();
+        let epoll = Epoll::new().map_err(what("creating an epoll instance"))?;
+        for (fd, id) in [
+            (link, LINK),
+            (self.half.interrupt().as_raw_fd(), INTERRUPT),
+            (stop.as_raw_fd(), STOP),
+        ] {
+            watch(&epoll, ControlOperation::Add, fd, id, false)
+                .map_err(what("watching a descriptor"))?;
+        }
+        let mut waits_to_write = false;
+        let mut events = [EpollEvent::default(); 3];
+        loop {
+            let ready = match epoll.wait(self.timeout(), &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                ready => ready.map_err(what("waiting for events"))?,
+            };
+            for event in &events[..ready] {
+                match event.data() {
+                    LINK => self.receive()?,
+                    INTERRUPT => self.half.interrupted(&mut self.session)?,
+                    _ => return Ok(Ended::Stopped),
+                }
+            }
+            self.look_after()?;
+            if self.session.is_congested() != waits_to_write {
+                waits_to_write = !waits_to_write;
+                watch(&epoll, ControlOperation::Modify, link, LINK, waits_to_write)
+                    .map_err(what("watching the link"))?;
+            }
+        }
+    }
+
+    fn receive(&mut self) -> Result<(), FabricError> {
+        self.session.flush()?;
+        for _ in 0..RECEIVE_BURST {
+            if self.session.receive(&mut self.half)? == Received::Idle {
+                break;
+            }
+            self.heard = Instant::now();
+        }
+        self.half.pump(&mut self.session)
+    }
+
+    /// What time brings: the controller's state, and the claimant's silence.
+    fn look_after(&mut self) -> Result<(), FabricError> {
+        let now = Instant::now();
+        if now >= self.ticked + self.half.next_tick() {
+            self.ticked = now;
+            self.half.tick(now);
+            self.half.pump(&mut self.session)?;
+        }
+        if now > self.heard + SILENCE {
+            return Err(FabricError::Timeout {
+                what: "a sign of life of the compute agent",
+                after: SILENCE,
+            });
+        }
+        Ok(())
+    }
+
+    /// Milliseconds until time brings something.
+    fn timeout(&self) -> i32 {
+        let due = (self.ticked + self.half.next_tick()).min(self.heard + SILENCE);
+        let left = due.saturating_duration_since(Instant::now());
+        left.as_millis() as i32 + 1
+    }
+}
+
+fn watch(
+    epoll: &Epoll,
+    operation: ControlOperation,
+    fd: RawFd,
+    id: u64,
+    writable: bool,
+) -> io::Result<()> {
+    let events = if writable {
+        EventSet::IN | EventSet::OUT
+    } else {
+        EventSet::IN
+    };
+    epoll.ctl(operation, fd, EpollEvent::new(events, id))
+}

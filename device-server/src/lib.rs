@@ -1,0 +1,12 @@
+//! The device server: exports PCIe functions to compute servers.
+//!
+//! [`exports`] knows what is exported and who has claimed it; [`manager`] is the connection
+//! manager, which takes a connection from its first byte to a claim and joins it to the
+//! function; [`attachment`] is the event loop of one claim.
+
+#![forbid(unsafe_code)]
+
+pub mod attachment;
+pub mod cli;
+pub mod exports;
+pub mod manager;

@@ -1,0 +1,214 @@
+//! The connection manager: from a new connection to a claim, and the two joined.
+//!
+//! Each connection has a thread of its own from its first byte on. The thread that does the
+//! handshake becomes the attachment's data thread, so fabric and function meet by direct call
+//! and a slow or hostile peer holds up nobody else.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use farbus_fabric::FabricError;
+use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
+use farbus_fabric::wire::{Description, EngineKind, InterruptCounts, RefusalCode, Region};
+use farbus_shadow_mem::nvme::device::{DeviceHalf, Limits};
+use farbus_shadow_mem::session::Session;
+use farbus_vfio::{Function, FunctionError};
+use log::{info, warn};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::attachment::{Attachment, Ended};
+use crate::exports::{Claim, Exports};
+
+/// How long a peer may take from connecting to the end of set-up.
+const SETUP_DEADLINE: Duration = Duration::from_secs(10);
+/// Connections at a time, claimed or not. More are closed at once.
+const MAX_CONNECTIONS: usize = 256;
+
+/// Accepts connections for a set of exports.
+pub struct Manager {
+    listener: TcpListener,
+    exports: Exports,
+    stop: Arc<EventFd>,
+}
+
+/// One of the threads that serve connections, counted.
+struct Served(Arc<AtomicUsize>);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Manager {
+    /// A manager that has not accepted anything yet.
+    pub fn new(listener: TcpListener, exports: Exports) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            listener,
+            exports,
+            stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+        })
+    }
+
+    /// Accepts until `signals` is readable; then ends all attachments and waits for them.
+    pub fn run(self, signals: &OwnedFd) -> io::Result<()> {
+        let epoll = Epoll::new()?;
+        for (id, fd) in [(0, self.listener.as_raw_fd()), (1, signals.as_raw_fd())] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))?;
+        }
+        let mut events = [EpollEvent::default(); 2];
+        let mut threads: Vec<JoinHandle<()>> = Vec::new();
+        let count = Arc::new(AtomicUsize::new(0));
+        'accepting: loop {
+            let ready = match epoll.wait(-1, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                ready => ready?,
+            };
+            for event in &events[..ready] {
+                if event.data() == 1 {
+                    break 'accepting;
+                }
+                threads.retain(|thread| !thread.is_finished());
+                self.accept(&count, &mut threads);
+            }
+        }
+        self.stop.write(1)?;
+        for thread in threads {
+            // A thread that panicked has printed why.
+            let _ = thread.join();
+        }
+        Ok(())
+    }
+
+    fn accept(&self, count: &Arc<AtomicUsize>, threads: &mut Vec<JoinHandle<()>>) {
+        let (stream, peer) = match self.listener.accept() {
+            Ok(connection) => connection,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                warn!("a connection could not be accepted: {error}");
+                // Out of descriptors, for one: what is asked for stays asked for.
+                thread::sleep(Duration::from_millis(100));
+                return;
+            }
+        };
+        if count.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+            count.fetch_sub(1, Ordering::Relaxed);
+            warn!("closed the connection of {peer}: there are {MAX_CONNECTIONS} already");
+            return;
+        }
+        let served = Served(count.clone());
+        let (exports, stop) = (self.exports.clone(), self.stop.clone());
+        let serve = move || {
+            let _served = served;
+            if let Err(error) = serve(stream, peer, &exports, &stop) {
+                warn!("{peer}: {:#}", anyhow::Error::new(error));
+            }
+        };
+        match thread::Builder::new()
+            .name("attachment".into())
+            .spawn(serve)
+        {
+            Ok(thread) => threads.push(thread),
+            Err(error) => warn!("closed the connection of {peer}: no thread for it: {error}"),
+        }
+    }
+}
+
+/// One connection, from its first byte to its last.
+fn serve(
+    stream: TcpStream,
+    peer: SocketAddr,
+    exports: &Exports,
+    stop: &EventFd,
+) -> Result<(), FabricError> {
+    let label = concat!("farbus-device-server ", env!("CARGO_PKG_VERSION"));
+    let incoming = Incoming::handshake(stream, label, SETUP_DEADLINE)?;
+    let Request::Claim(request) = incoming.next_request()?;
+    let claimant = format!("{} at {peer}", request.peer().as_str());
+    let Some(export) = exports.find(request.export()) else {
+        let text = format!(
+            "there is no export {}; there is {}",
+            request.export().as_str(),
+            exports.names()
+        );
+        info!("refused {claimant}: {text}");
+        return request.refuse(RefusalCode::UnknownExport, &text);
+    };
+    let claim = match export.claim(&claimant) {
+        Ok(claim) => claim,
+        Err(busy) => {
+            info!("refused {claimant}: {busy}");
+            return request.refuse(RefusalCode::Busy, &busy.to_string());
+        }
+    };
+    attach(request, &claim, &claimant, stop)
+}
+
+/// Joins a claimant and the function. Whatever way this ends, the function is reset and the
+/// claim's memory gone before the claim is.
+fn attach(
+    request: ClaimRequest,
+    claim: &Claim,
+    claimant: &str,
+    stop: &EventFd,
+) -> Result<(), FabricError> {
+    let export = claim.export();
+    let name = export.name().as_str();
+    let limits = Limits::default();
+    let opened = DeviceHalf::open(export.function().clone(), limits).map_err(anyhow::Error::new);
+    let opened = opened.and_then(|half| {
+        let description = describe(export.function().as_ref(), &half)?;
+        Ok((half, description))
+    });
+    let (half, description) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            let text = format!("export {name} cannot be used: {error:#}");
+            warn!("refused {claimant}: {text}");
+            return request.refuse(RefusalCode::Internal, &text);
+        }
+    };
+    let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
+    let mut session = Session::new(granted.describe(description)?);
+    session.register(half.shadow())?;
+    info!("{name}: claimed by {claimant} ({})", claim.epoch());
+    let ended = Attachment::new(half, session).run(stop);
+    match ended {
+        Ended::Released => info!("{name}: released by {claimant}"),
+        Ended::Stopped => info!("{name}: taken from {claimant}: the device server ends"),
+        Ended::Lost(error) => warn!(
+            "{name}: {claimant} is lost: {:#}",
+            anyhow::Error::new(error)
+        ),
+    }
+    Ok(())
+}
+
+/// What the compute side must know of the function.
+fn describe(function: &dyn Function, half: &DeviceHalf) -> Result<Description, FunctionError> {
+    let info = function.info();
+    let mut config = vec![0; info.config_size.into()];
+    function.config_read(0, &mut config)?;
+    let regions = info.regions.iter().map(|region| Region {
+        index: region.index.0,
+        size: region.size,
+    });
+    Ok(Description {
+        config,
+        regions: regions.collect(),
+        interrupts: InterruptCounts {
+            intx: info.interrupts.intx,
+            msi: info.interrupts.msi,
+            msix: info.interrupts.msix,
+        },
+        engine: EngineKind::Nvme,
+        blob: half.description().encode(),
+    })
+}

@@ -1,0 +1,22 @@
+//! The remote transport: what the two sides say to each other, and what carries it.
+//!
+//! * [`wire`] is the protocol: frames, messages, versions. Pure functions over bytes.
+//! * [`link`] is the seam between the protocol and a provider: ordered messages, each with a
+//!   small control part and a payload that lands directly in registered memory.
+//! * [`tcp`] is the provider for an ordinary network.
+//! * [`session`] takes a new connection to the point where it is claimed.
+//!
+//! The crate knows nothing of PCIe functions or device classes: commands, completions and
+//! engine descriptions are opaque bytes to it. `docs/protocol.md` is the specification.
+
+#![deny(unsafe_code)]
+
+pub mod error;
+pub mod link;
+pub mod session;
+pub mod tcp;
+pub mod wire;
+
+pub use error::FabricError;
+pub use link::{Counters, Frame, Link, Received, RemoteSpan, Sink, Span};
+pub use tcp::TcpLink;

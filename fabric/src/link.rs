@@ -1,0 +1,180 @@
+//! The seam between the wire protocol and a provider.
+//!
+//! A [`Link`] carries [`Frame`]s in order. A frame has a *control part* (an encoded message)
+//! and a *payload* that is gathered from this side's memory and lands in the peer's memory
+//! without passing through a buffer of ours. The seam asks no more of a provider than RDMA
+//! verbs can do: the payload is a list of one-sided writes, the control part is the notify
+//! that follows them. `docs/protocol.md` says how each operation maps to verbs and to TCP.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use vm_memory::MmapRegion;
+
+use crate::FabricError;
+use crate::wire::{Epoch, Header};
+
+/// A range of this side's memory that a payload is gathered from or lands in.
+#[derive(Clone)]
+pub struct Span {
+    /// The mapping; it stays mapped for as long as the span lives.
+    pub memory: Arc<MmapRegion>,
+    /// First byte of the range within `memory`.
+    pub offset: usize,
+    /// Length of the range in bytes.
+    pub len: usize,
+}
+
+impl Span {
+    /// The span without its first `n` bytes; empty if there are no more.
+    pub(crate) fn after(&self, n: usize) -> Span {
+        let mut rest = self.clone();
+        rest.skip(n);
+        rest
+    }
+
+    /// The first `n` bytes of the span, or all of it.
+    pub(crate) fn before(&self, n: usize) -> Span {
+        let mut head = self.clone();
+        head.len = head.len.min(n);
+        head
+    }
+
+    /// Drops the first `n` bytes, or all there are.
+    pub(crate) fn skip(&mut self, n: usize) {
+        let n = n.min(self.len);
+        self.offset += n;
+        self.len -= n;
+    }
+}
+
+/// A range of the peer's memory, for a provider that writes there itself
+/// ([`Link::is_one_sided`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteSpan {
+    /// The peer's address: the IOVA of guest memory, or an offset into the buffer shadow.
+    pub address: u64,
+    /// Length of the range in bytes.
+    pub len: u32,
+}
+
+/// One message to send.
+#[derive(Clone, Copy)]
+pub struct Frame<'a> {
+    /// Kind, count and lengths. `header.payload_len` is the total of `payload`. The link puts
+    /// in its own epoch ([`Link::set_epoch`]).
+    pub header: Header,
+    /// The encoded message, `header.control_len` bytes.
+    pub control: &'a [u8],
+    /// Where the payload is gathered from, in order.
+    pub payload: &'a [Span],
+    /// Where the payload lands, in order and with the same total length. Empty unless the
+    /// link is one-sided.
+    pub remote: &'a [RemoteSpan],
+}
+
+impl<'a> Frame<'a> {
+    /// A frame without a payload.
+    pub fn plain(header: Header, control: &'a [u8]) -> Self {
+        Frame {
+            header,
+            control,
+            payload: &[],
+            remote: &[],
+        }
+    }
+}
+
+/// What [`Link::receive`] came back with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// One message was delivered to the sink. More may be waiting within the link, where
+    /// the descriptor does not show them: receive again, until nothing comes.
+    Message,
+    /// Nothing (more) has arrived; wait for the link's descriptor.
+    Idle,
+}
+
+/// What a link has carried, for tests, metrics and budgets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Messages sent: the link no longer reads their payload's memory.
+    pub messages_sent: u64,
+    /// Messages received.
+    pub messages_received: u64,
+    /// Payload bytes sent.
+    pub payload_sent: u64,
+    /// Payload bytes received.
+    pub payload_received: u64,
+    /// System calls made (or work requests posted) to send.
+    pub send_calls: u64,
+    /// System calls made (or completions polled) to receive.
+    pub receive_calls: u64,
+}
+
+/// Who receives messages from a [`Link`].
+///
+/// An error from either method is the peer's fault; the link receives nothing after it. It can
+/// still send, so that the owner may say why before it drops the link.
+pub trait Sink {
+    /// Says where the payload of the message at hand lands: pushes spans whose lengths add
+    /// up to `header.payload_len`. Called before [`Self::deliver`], only for messages with a
+    /// payload, and not at all on a one-sided link, where the payload is in place already.
+    fn land(
+        &mut self,
+        header: &Header,
+        control: &[u8],
+        spans: &mut Vec<Span>,
+    ) -> Result<(), FabricError>;
+
+    /// Takes one message whose payload has landed.
+    fn deliver(&mut self, header: &Header, control: &[u8]) -> Result<(), FabricError>;
+}
+
+/// A connection that carries frames in order, both ways, without blocking.
+pub trait Link: Send {
+    /// What to wait for: readable when [`Self::receive`] may get further, writable when
+    /// [`Self::flush`] may.
+    fn descriptor(&self) -> BorrowedFd<'_>;
+
+    /// Whether this side writes into the peer's memory itself, so that frames need
+    /// [`Frame::remote`].
+    fn is_one_sided(&self) -> bool;
+
+    /// The connection is claimed: every frame sent from now on carries this epoch, and a frame
+    /// received with any other is an error before its payload lands or the sink hears of it.
+    fn set_epoch(&mut self, epoch: Epoch);
+
+    /// Makes memory known before spans of it are used (RDMA registers it; TCP has nothing to
+    /// do). Idempotent.
+    fn register(&mut self, memory: &Arc<MmapRegion>) -> Result<(), FabricError>;
+
+    /// Undoes [`Self::register`].
+    fn unregister(&mut self, memory: &Arc<MmapRegion>);
+
+    /// Guarantees that nothing received from now on lands in `memory[offset .. offset + len]`,
+    /// also not the rest of a payload that is arriving: its bytes there are dropped.
+    fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize);
+
+    /// Sends a frame, or queues what the network does not take now. Frames are never
+    /// dropped and never reordered. The caller heeds [`Self::is_congested`]; a link refuses
+    /// frames beyond a fixed backlog, whole, and stays usable.
+    ///
+    /// The payload's memory must not be put to another use until the frame has left, which
+    /// is when [`Counters::messages_sent`] has counted it, and at the latest when the link
+    /// is not congested.
+    fn send(&mut self, frame: &Frame<'_>) -> Result<(), FabricError>;
+
+    /// Whether frames are queued. While they are, the caller sends no new commands, and calls
+    /// [`Self::flush`] when the descriptor is writable.
+    fn is_congested(&self) -> bool;
+
+    /// Sends what is queued, as far as the network takes it.
+    fn flush(&mut self) -> Result<(), FabricError>;
+
+    /// Receives at most one message into `sink`.
+    fn receive(&mut self, sink: &mut dyn Sink) -> Result<Received, FabricError>;
+
+    /// What was carried so far.
+    fn counters(&self) -> Counters;
+}

@@ -1,0 +1,543 @@
+//! Every message survives its encoding, and encodings are what `docs/protocol.md` says.
+
+use farbus_fabric::RemoteSpan;
+use farbus_fabric::wire::*;
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+pub(crate) fn any_message() -> impl Strategy<Value = Message> {
+    let label = || "[ -~é]{0,32}".prop_map(|text| Label::new(&text).unwrap());
+    let text = || "\\PC{0,100}".prop_map(|text| Text::truncated(&text));
+    let data = |min| vec(any::<u8>(), min..=64).prop_map(|bytes| Data::new(&bytes).unwrap());
+    let request = || any::<u32>().prop_map(RequestId);
+    let config_offset = || 0_u16..4096 - 64;
+    let offset = || 0..u64::MAX - 64;
+    prop_oneof![
+        (any::<u16>(), any::<u16>(), label()).prop_map(|(oldest, newest, label)| {
+            Message::Hello {
+                oldest,
+                newest,
+                label,
+            }
+        }),
+        label().prop_map(|label| Message::Welcome {
+            version: ProtocolVersion::V1,
+            label
+        }),
+        (any_refusal(), text()).prop_map(|(code, text)| Message::Refused { code, text }),
+        "[A-Za-z0-9._-]{1,64}".prop_map(|name| Message::Claim {
+            export: ExportName::new(&name).unwrap()
+        }),
+        (1..=u64::MAX, any::<u32>(), 1..=u16::MAX).prop_map(|(epoch, shadow_len, tags)| {
+            Message::Claimed {
+                epoch: Epoch(epoch),
+                shadow_len,
+                tags,
+            }
+        }),
+        Just(Message::Describe),
+        any_description().prop_map(|description| Message::Description(Box::new(description))),
+        vec(any::<u8>(), 0..500).prop_map(|blob| Message::EngineNotice { blob }),
+        (request(), config_offset(), 1..=64_u16).prop_map(|(request, offset, len)| {
+            Message::ConfigRead {
+                request,
+                offset,
+                len,
+            }
+        }),
+        (config_offset(), data(1)).prop_map(|(offset, data)| Message::ConfigWrite { offset, data }),
+        (request(), 0..=6_u8, offset(), 1..=8_u8).prop_map(|(request, region, offset, len)| {
+            Message::RegisterRead {
+                request,
+                region,
+                offset,
+                len,
+            }
+        }),
+        (0..=6_u8, offset(), data(1)).prop_map(|(region, offset, data)| Message::RegisterWrite {
+            region,
+            offset,
+            data
+        }),
+        (request(), any::<u16>(), data(0)).prop_map(|(request, status, data)| Message::Value {
+            request,
+            status,
+            data
+        }),
+        (0..=6_u8, offset(), data(1)).prop_map(|(region, offset, data)| Message::RegisterUpdate {
+            region,
+            offset,
+            data
+        }),
+        (any_interrupt(), any::<u16>())
+            .prop_map(|(kind, vector)| Message::Interrupt { kind, vector }),
+        request().prop_map(|request| Message::Reset { request }),
+        (request(), proptest::option::of(text())).prop_map(|(request, text)| {
+            Message::ResetDone {
+                request,
+                outcome: text.map_or(Ok(()), Err),
+            }
+        }),
+        any::<u64>().prop_map(|nonce| Message::Ping { nonce }),
+        any::<u64>().prop_map(|nonce| Message::Pong { nonce }),
+        Just(Message::Release),
+        Just(Message::Released),
+        (any_fault(), text()).prop_map(|(code, text)| Message::Fault { code, text }),
+    ]
+}
+
+fn any_refusal() -> impl Strategy<Value = RefusalCode> {
+    prop_oneof![
+        Just(RefusalCode::Version),
+        Just(RefusalCode::UnknownExport),
+        Just(RefusalCode::Busy),
+        Just(RefusalCode::NotReady),
+        Just(RefusalCode::Malformed),
+        Just(RefusalCode::Internal),
+        (7..=u16::MAX).prop_map(RefusalCode::Other),
+    ]
+}
+
+fn any_interrupt() -> impl Strategy<Value = InterruptKind> {
+    prop_oneof![
+        Just(InterruptKind::Intx),
+        Just(InterruptKind::Msi),
+        Just(InterruptKind::Msix)
+    ]
+}
+
+fn any_fault() -> impl Strategy<Value = FaultCode> {
+    prop_oneof![
+        Just(FaultCode::Gone),
+        Just(FaultCode::Fatal),
+        Just(FaultCode::Unresponsive),
+        Just(FaultCode::Internal)
+    ]
+}
+
+fn any_description() -> impl Strategy<Value = Description> {
+    let sizes = proptest::array::uniform7(proptest::option::of(1..=u64::MAX));
+    let interrupts = (0..=1_u32, 0..=32_u32, 0..=2048_u32);
+    let engine = prop_oneof![Just(EngineKind::None), Just(EngineKind::Nvme)];
+    let config = vec(any::<u8>(), 256..=4096);
+    let blob = vec(any::<u8>(), 0..=2048);
+    (config, sizes, interrupts, engine, blob).prop_map(
+        |(config, sizes, (intx, msi, msix), engine, blob)| Description {
+            config,
+            regions: (0..)
+                .zip(sizes)
+                .filter_map(|(index, size)| size.map(|size| Region { index, size }))
+                .collect(),
+            interrupts: InterruptCounts { intx, msi, msix },
+            engine,
+            blob,
+        },
+    )
+}
+
+/// A command with its segments.
+#[derive(Clone, Debug)]
+pub(crate) struct Command {
+    placement: Placement,
+    bytes: [u8; 64],
+    segments: Vec<RemoteSpan>,
+}
+
+pub(crate) fn any_commands() -> impl Strategy<Value = Vec<Command>> {
+    let direction = prop_oneof![
+        Just(Direction::None),
+        Just(Direction::ToDevice),
+        Just(Direction::FromDevice)
+    ];
+    let lens = vec(1..5000_u32, 0..5);
+    let command = (
+        any::<u16>(),
+        any::<u16>(),
+        0..0x8000_0000_u32,
+        direction,
+        lens,
+        any::<[u8; 32]>(),
+    );
+    vec(
+        command.prop_map(|(tag, queue, shadow_offset, direction, lens, half)| {
+            let mut bytes = [0; 64];
+            bytes[16..48].copy_from_slice(&half);
+            let segments: Vec<_> = lens
+                .iter()
+                .filter(|_| direction == Direction::FromDevice)
+                .map(|len| RemoteSpan {
+                    address: u64::from(*len) << 20,
+                    len: *len,
+                })
+                .collect();
+            let data_len = match direction {
+                Direction::None => 0,
+                Direction::ToDevice => lens.iter().sum::<u32>() + 1,
+                Direction::FromDevice if segments.is_empty() => 512,
+                Direction::FromDevice => lens.iter().sum(),
+            };
+            Command {
+                placement: Placement {
+                    tag: Tag(tag),
+                    queue: QueueId(queue),
+                    shadow_offset,
+                    data_len,
+                    direction,
+                },
+                bytes,
+                segments,
+            }
+        }),
+        1..20,
+    )
+}
+
+pub(crate) fn submit_of(commands: &[Command]) -> SubmitBatch {
+    let mut batch = SubmitBatch::new();
+    for command in commands {
+        batch
+            .push(&command.placement, &command.bytes, &command.segments)
+            .unwrap();
+    }
+    batch
+}
+
+pub(crate) fn any_completions() -> impl Strategy<Value = Vec<CompleteEntry>> {
+    let entry = (
+        any::<u16>(),
+        any::<u16>(),
+        any::<u16>(),
+        0..60_000_u32,
+        any::<u64>(),
+    );
+    vec(
+        entry.prop_map(|(tag, queue, status, data_len, result)| CompleteEntry {
+            tag: Tag(tag),
+            queue: QueueId(queue),
+            status,
+            data_len,
+            result,
+        }),
+        1..=256,
+    )
+}
+
+pub(crate) fn complete_of(entries: &[CompleteEntry]) -> CompleteBatch {
+    let mut batch = CompleteBatch::new();
+    entries.iter().for_each(|entry| batch.push(entry).unwrap());
+    batch
+}
+
+proptest! {
+    #[test]
+    fn messages_survive_their_encoding(message in any_message(), epoch: u64) {
+        let mut bytes = b"before".to_vec();
+        let header = message.encode(&mut bytes).unwrap();
+        let control = bytes.split_off(6);
+        prop_assert_eq!(bytes, b"before");
+        let header = Header { epoch: Epoch(epoch), ..header };
+
+        let frame = [&header.encode(), control.as_slice(), b"next"].concat();
+        let (decoded, body, payload) = decode_frame(&frame).unwrap();
+
+        prop_assert_eq!(decoded, header);
+        prop_assert_eq!(header.frame_len(), frame.len() - 4);
+        prop_assert_eq!(body, Body::Message(message));
+        prop_assert!(payload.is_empty());
+    }
+
+    #[test]
+    fn commands_survive_their_encoding(commands in any_commands()) {
+        let batch = submit_of(&commands);
+        let header = batch.header();
+        let decoded = Header::decode(&header.encode()).unwrap();
+        prop_assert_eq!(decoded, header);
+
+        let submit = Submit::decode(&decoded, batch.control()).unwrap();
+
+        prop_assert_eq!(submit.entries().len(), commands.len());
+        for (entry, command) in submit.entries().zip(&commands) {
+            prop_assert_eq!(entry.placement, command.placement);
+            prop_assert_eq!(entry.command, &command.bytes);
+            prop_assert_eq!(entry.segments.len(), command.segments.len());
+            prop_assert_eq!(entry.segments.collect::<Vec<_>>(), command.segments.clone());
+        }
+    }
+
+    #[test]
+    fn completions_survive_their_encoding(entries in any_completions()) {
+        let batch = complete_of(&entries);
+        let header = Header::decode(&batch.header().encode()).unwrap();
+
+        let complete = Complete::decode(&header, batch.control()).unwrap();
+
+        prop_assert_eq!(complete.entries().len(), entries.len());
+        prop_assert_eq!(complete.entries().collect::<Vec<_>>(), entries);
+    }
+}
+
+#[test]
+fn header_has_the_documented_layout() {
+    let mut control = Vec::new();
+    let header = Message::Ping { nonce: 0x0102 }
+        .encode(&mut control)
+        .unwrap();
+    let header = Header {
+        epoch: Epoch(0x0a0b),
+        ..header
+    };
+
+    assert_eq!(
+        header.encode(),
+        [
+            0x40, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x0b, 0x0a, 0, 0, 0, 0, 0, 0
+        ]
+    );
+    assert_eq!(control, [2, 1, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn submit_has_the_documented_layout() {
+    let mut batch = SubmitBatch::new();
+    let placement = Placement {
+        tag: Tag(0x0102),
+        queue: QueueId(0x0304),
+        shadow_offset: 0x0506_0708,
+        data_len: 0x200,
+        direction: Direction::FromDevice,
+    };
+    let segment = RemoteSpan {
+        address: 0x1_2345_6000,
+        len: 0x200,
+    };
+    batch.push(&placement, &[0xcc; 64], &[segment]).unwrap();
+
+    let control = batch.control();
+    assert_eq!(
+        control[..16],
+        [2, 1, 4, 3, 8, 7, 6, 5, 0, 2, 0, 0, 2, 0, 1, 0]
+    );
+    assert_eq!(control[16..80], [0xcc; 64]);
+    assert_eq!(
+        control[80..],
+        [0, 0x60, 0x45, 0x23, 1, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
+    );
+    assert_eq!(batch.header().payload_len, 0);
+}
+
+#[test]
+fn complete_has_the_documented_layout() {
+    let batch = complete_of(&[CompleteEntry {
+        tag: Tag(0x0102),
+        queue: QueueId(3),
+        status: 0x0405,
+        data_len: 0x0607,
+        result: 0x08,
+    }]);
+
+    assert_eq!(
+        batch.control(),
+        [
+            2, 1, 3, 0, 5, 4, 0, 0, 7, 6, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0
+        ]
+    );
+    assert_eq!(batch.header().payload_len, 0x0607);
+}
+
+#[test]
+fn kinds_are_found_by_their_numbers() {
+    for kind in Kind::ALL {
+        assert_eq!(Kind::from_number(kind.number()), Some(*kind));
+    }
+    assert_eq!(Kind::from_number(0), None);
+    assert_eq!(Kind::ALL.len(), 24);
+}
+
+#[test]
+fn batches_are_full_at_the_limits_and_usable_after_clear() {
+    let mut batch = CompleteBatch::new();
+    let entry = CompleteEntry {
+        tag: Tag(1),
+        queue: QueueId(1),
+        status: 0,
+        data_len: MAX_PAYLOAD,
+        result: 0,
+    };
+    batch.push(&entry).unwrap();
+    let full = batch.push(&entry).unwrap_err();
+    assert_eq!(
+        full,
+        WireError::BatchFull {
+            entries: 1,
+            control: 24,
+            payload: MAX_PAYLOAD
+        }
+    );
+
+    batch.clear();
+    assert!(batch.is_empty());
+    let entry = CompleteEntry {
+        data_len: 0,
+        ..entry
+    };
+    for _ in 0..256 {
+        batch.push(&entry).unwrap();
+    }
+    assert!(!batch.has_room(0));
+    assert!(batch.push(&entry).is_err());
+    assert!(Complete::decode(&batch.header(), batch.control()).is_ok());
+}
+
+#[test]
+fn commands_with_many_segments_fill_a_batch_early() {
+    let mut batch = SubmitBatch::new();
+    let segments = vec![
+        RemoteSpan {
+            address: 0x1000,
+            len: 1
+        };
+        4000
+    ];
+    let placement = Placement {
+        tag: Tag(1),
+        queue: QueueId(1),
+        shadow_offset: 0,
+        data_len: 4000,
+        direction: Direction::FromDevice,
+    };
+    batch.push(&placement, &[0; 64], &segments).unwrap();
+    assert!(!batch.has_room(0, 100));
+    assert!(!batch.has_room(0, usize::MAX));
+    assert!(batch.push(&placement, &[0; 64], &segments).is_err());
+    assert_eq!(batch.len(), 1);
+    assert!(Submit::decode(&batch.header(), batch.control()).is_ok());
+}
+
+#[test]
+fn values_that_a_decoder_would_refuse_are_not_encoded() {
+    let data = Data::new(&[1; 8]).unwrap();
+    let request = RequestId(1);
+    let description = Description {
+        config: vec![0; 256],
+        regions: Vec::new(),
+        interrupts: InterruptCounts::default(),
+        engine: EngineKind::None,
+        blob: Vec::new(),
+    };
+    let region = |index, size| Region { index, size };
+    for message in [
+        Message::Claimed {
+            epoch: Epoch::NONE,
+            shadow_len: 1,
+            tags: 1,
+        },
+        Message::Claimed {
+            epoch: Epoch(1),
+            shadow_len: 1,
+            tags: 0,
+        },
+        Message::ConfigRead {
+            request,
+            offset: 4095,
+            len: 2,
+        },
+        Message::ConfigRead {
+            request,
+            offset: 0,
+            len: 65,
+        },
+        Message::ConfigRead {
+            request,
+            offset: 0,
+            len: 0,
+        },
+        Message::ConfigWrite { offset: 4089, data },
+        Message::ConfigWrite {
+            offset: 0,
+            data: Data::EMPTY,
+        },
+        Message::RegisterRead {
+            request,
+            region: 7,
+            offset: 0,
+            len: 4,
+        },
+        Message::RegisterRead {
+            request,
+            region: 0,
+            offset: 0,
+            len: 9,
+        },
+        Message::RegisterRead {
+            request,
+            region: 0,
+            offset: u64::MAX - 2,
+            len: 4,
+        },
+        Message::RegisterWrite {
+            region: 0,
+            offset: u64::MAX,
+            data,
+        },
+        Message::RegisterUpdate {
+            region: 0,
+            offset: 0,
+            data: Data::EMPTY,
+        },
+        Message::EngineNotice {
+            blob: vec![0; 32 * 1024 + 1],
+        },
+        Message::Description(Box::new(Description {
+            config: vec![0; 255],
+            ..description.clone()
+        })),
+        Message::Description(Box::new(Description {
+            config: vec![0; 4097],
+            ..description.clone()
+        })),
+        Message::Description(Box::new(Description {
+            blob: vec![0; 32 * 1024 + 1],
+            ..description.clone()
+        })),
+        Message::Description(Box::new(Description {
+            regions: vec![region(7, 1)],
+            ..description.clone()
+        })),
+        Message::Description(Box::new(Description {
+            regions: vec![region(0, 0)],
+            ..description.clone()
+        })),
+        Message::Description(Box::new(Description {
+            regions: vec![region(1, 4096), region(1, 4096)],
+            ..description
+        })),
+    ] {
+        let mut out = Vec::new();
+        assert!(message.encode(&mut out).is_err(), "{message:?}");
+        assert!(out.is_empty());
+    }
+}
+
+#[test]
+fn longest_description_fits_a_frame() {
+    let description = Description {
+        config: vec![1; 4096],
+        regions: (0..7)
+            .map(|index| Region {
+                index,
+                size: u64::MAX,
+            })
+            .collect(),
+        interrupts: InterruptCounts {
+            intx: 1,
+            msi: 32,
+            msix: 2048,
+        },
+        engine: EngineKind::Nvme,
+        blob: vec![2; 32 * 1024],
+    };
+    let message = Message::Description(Box::new(description));
+    let mut control = Vec::new();
+    let header = message.encode(&mut control).unwrap();
+    assert_eq!(Message::decode(&header, &control), Ok(message));
+}

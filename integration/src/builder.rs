@@ -1,0 +1,361 @@
+//! Composes and starts QEMU machines.
+//!
+//! Every machine is a q35 without default devices, emulated (TCG), whose memory is a shared memfd
+//! so that vfio-user and vhost-user devices can reach it. The test bed listens on three sockets that
+//! QEMU connects to: console, command port and QMP. There is no socket file to poll for, and no
+//! output is lost before the connection.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::deadline::Deadline;
+use crate::error::{Error, IoContext, Result};
+use crate::machine::{Machine, Vm};
+use crate::process::{Process, describe, describe_status, tail, wait_readable};
+use crate::qmp::Qmp;
+use crate::scratch::Scratch;
+use crate::terminal::Terminal;
+use crate::tools::Tools;
+use crate::tools::firmware::{Firmware, FirmwareFiles};
+use crate::tools::initramfs::Userland;
+use crate::tools::kernel::{Kernel, command_line};
+
+/// QEMU connects within milliseconds of its start, unless a device of its command line waits for a server.
+const CONNECT_SECS: u64 = 30;
+
+/// A QEMU that gives up closes its sockets a moment before it ends.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// A machine to be.
+#[derive(Debug, Clone)]
+pub struct MachineBuilder {
+    name: String,
+    boot: Boot,
+    userland: Userland,
+    memory_mib: u32,
+    cpus: u32,
+    machine_options: String,
+    parameters: Vec<String>,
+    arguments: Vec<String>,
+    ports: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Boot {
+    Kernel(Kernel),
+    Firmware(Firmware),
+}
+
+impl MachineBuilder {
+    /// A machine with 2 CPUs and 512 MiB that boots kernel 6.12 with the small userland.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            boot: Boot::Kernel(Kernel::V6_12),
+            userland: Userland::Small,
+            memory_mib: 512,
+            cpus: 2,
+            machine_options: String::new(),
+            parameters: Vec::new(),
+            arguments: Vec::new(),
+            ports: 0,
+        }
+    }
+
+    /// Boots this kernel, loaded by QEMU.
+    #[must_use]
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        self.boot = Boot::Kernel(kernel);
+        self
+    }
+
+    /// Lets this firmware find something to boot.
+    #[must_use]
+    pub fn firmware(mut self, firmware: Firmware) -> Self {
+        self.boot = Boot::Firmware(firmware);
+        self
+    }
+
+    /// Gives the guest this userland (when QEMU loads the kernel).
+    #[must_use]
+    pub fn userland(mut self, userland: Userland) -> Self {
+        self.userland = userland;
+        self
+    }
+
+    /// Size of the guest's memory.
+    #[must_use]
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// Number of virtual CPUs.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Adds options of `-machine`, such as `kernel-irqchip=split`.
+    #[must_use]
+    pub fn machine_option(mut self, option: &str) -> Self {
+        self.machine_options.push(',');
+        self.machine_options.push_str(option);
+        self
+    }
+
+    /// Adds a kernel parameter (when QEMU loads the kernel).
+    #[must_use]
+    pub fn parameter(mut self, parameter: &str) -> Self {
+        self.parameters.push(parameter.to_owned());
+        self
+    }
+
+    /// Has the guest load these modules (comma-separated) before it takes commands.
+    #[must_use]
+    pub fn modules(self, modules: &str) -> Self {
+        self.parameter(&format!("farbus.modules={modules}"))
+    }
+
+    /// Adds a raw argument of QEMU.
+    #[must_use]
+    pub fn argument(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.to_owned());
+        self
+    }
+
+    /// Adds a device: `driver`, `id`, `bus` and the driver's properties.
+    #[must_use]
+    pub fn device(self, device: &Value) -> Self {
+        self.argument("-device").argument(&device.to_string())
+    }
+
+    /// Adds an empty PCIe root port, with further properties such as `{"hotplug": false}`.
+    #[must_use]
+    pub fn root_port(mut self, id: &str, properties: &Value) -> Self {
+        self.ports += 1;
+        let mut port = json!({
+            "driver": "pcie-root-port",
+            "id": id,
+            "chassis": self.ports,
+            "slot": self.ports,
+        });
+        if let (Some(port), Some(more)) = (port.as_object_mut(), properties.as_object()) {
+            port.extend(more.clone());
+        }
+        self.device(&port)
+    }
+
+    /// Adds a virtual IOMMU. Devices that are added later are behind it.
+    #[must_use]
+    pub fn iommu(self) -> Self {
+        self.device(&json!({
+            "driver": "intel-iommu",
+            "intremap": "on",
+            "caching-mode": true,
+        }))
+        .parameter("intel_iommu=on")
+        .parameter("iommu.strict=1")
+    }
+
+    /// Adds a raw image as block node `id`, for devices that QEMU emulates.
+    #[must_use]
+    pub fn block_node(self, id: &str, image: &Path) -> Self {
+        let node = json!({
+            "driver": "raw",
+            "node-name": id,
+            "discard": "unmap",
+            "file": {"driver": "file", "filename": image.display().to_string()},
+        });
+        self.argument("-blockdev").argument(&node.to_string())
+    }
+
+    /// Adds an NVMe drive emulated by QEMU, on a root port of its own.
+    #[must_use]
+    pub fn emulated_nvme(self, id: &str, image: &Path) -> Self {
+        let (port, node) = (format!("rp-{id}"), format!("node-{id}"));
+        self.root_port(&port, &Value::Null)
+            .block_node(&node, image)
+            .device(&json!({
+                "driver": "nvme",
+                "id": id,
+                "bus": port,
+                "drive": node,
+                "serial": id,
+            }))
+    }
+
+    /// Adds a device that a vfio-user server implements, on a root port of its own.
+    ///
+    /// The server must already listen. The root port takes no hot-plug: unplugging a device with
+    /// MSI-X aborts QEMU, and a guest could do it.
+    #[must_use]
+    pub fn vfio_user(self, id: &str, socket: &Path) -> Self {
+        let port = format!("rp-{id}");
+        self.root_port(&port, &json!({"hotplug": false}))
+            .device(&json!({
+                "driver": "vfio-user-pci",
+                "id": id,
+                "bus": port,
+                "socket": {"type": "unix", "path": socket.display().to_string()},
+            }))
+    }
+
+    /// Starts QEMU and connects to its ports.
+    ///
+    /// # Errors
+    /// When a part is missing, or QEMU refuses its command line; the error has its words.
+    pub fn start(&self, tools: &Tools) -> Result<Machine> {
+        let scratch = Scratch::new(&self.name)?;
+        let listener = |name: &str| {
+            UnixListener::bind(scratch.join(name)).context(|| format!("listening on '{name}'"))
+        };
+        let (qmp, console, port) = (listener("qmp")?, listener("console")?, listener("port")?);
+
+        let stderr = scratch.join("qemu.log");
+        let log = File::create(&stderr).context(|| "creating qemu.log".into())?;
+        let log_too = log.try_clone().context(|| "duplicating qemu.log".into())?;
+        let mut command = tools.qemu()?.command();
+        self.compose(&mut command, tools, &scratch)?;
+        std::fs::write(scratch.join("command"), describe(&command))
+            .context(|| "recording QEMU's command line".into())?;
+        command.stdin(Stdio::null()).stdout(log).stderr(log_too);
+        let mut process = Process::start(&self.name, command)?;
+
+        let connected = (|| {
+            let qmp = accept(&qmp, &mut process, &stderr)?;
+            let console = accept(&console, &mut process, &stderr)?;
+            let port = accept(&port, &mut process, &stderr)?;
+            let reader = port
+                .try_clone()
+                .context(|| "duplicating the command port".into())?;
+            let terminal = Terminal::listen(console, reader, &scratch.join("console.log"))?;
+            let qmp = Qmp::negotiate(qmp, &scratch.join("qmp.log"))?;
+            Ok((qmp, port, terminal))
+        })();
+        match connected {
+            Ok((qmp, port, terminal)) => Ok(Machine::new(
+                Vm::new(process, terminal, stderr, scratch),
+                qmp,
+                port,
+            )),
+            Err(error) => match process.wait(LAST_WORDS.into()) {
+                Ok(status) => Err(refused(&process, status, &stderr)),
+                Err(_) => {
+                    scratch.keep();
+                    Err(error)
+                }
+            },
+        }
+    }
+
+    /// Writes the whole command line.
+    fn compose(&self, command: &mut Command, tools: &Tools, scratch: &Scratch) -> Result<()> {
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args([
+                "-name",
+                &self.name,
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "max",
+            ])
+            .arg("-machine")
+            .arg(format!("q35,memory-backend=mem{}", self.machine_options))
+            .arg("-object")
+            .arg(format!(
+                "memory-backend-memfd,id=mem,size={}M,share=on",
+                self.memory_mib
+            ))
+            .args(["-m", &format!("{}M", self.memory_mib)])
+            .args(["-smp", &self.cpus.to_string()]);
+        command
+            .arg("-qmp")
+            .arg(format!("unix:{}", scratch.join("qmp").display()));
+        for (index, id) in ["console", "port"].into_iter().enumerate() {
+            command
+                .arg("-chardev")
+                .arg(format!(
+                    "socket,id={id},path={}",
+                    scratch.join(id).display()
+                ))
+                .arg("-device")
+                .arg(format!("isa-serial,chardev={id},index={index}"));
+        }
+        match self.boot {
+            Boot::Kernel(kernel) => {
+                let kernel = tools.kernel(kernel)?;
+                let initramfs = tools.initramfs(&kernel, self.userland)?;
+                command
+                    .arg("-kernel")
+                    .arg(&kernel.image)
+                    .arg("-initrd")
+                    .arg(initramfs)
+                    .args(["-append", &command_line(&self.parameters)]);
+            }
+            Boot::Firmware(firmware) => {
+                for argument in flash(&tools.firmware(firmware)?, scratch)? {
+                    command.arg(argument);
+                }
+            }
+        }
+        command.args(&self.arguments);
+        Ok(())
+    }
+}
+
+/// The arguments that put firmware into the machine's flash.
+fn flash(files: &FirmwareFiles, scratch: &Scratch) -> Result<Vec<String>> {
+    let FirmwareFiles::Flash { code, variables } = files else {
+        return Ok(Vec::new());
+    };
+    let own: PathBuf = scratch.join("variables.fd");
+    std::fs::copy(variables, &own).context(|| format!("copying {}", variables.display()))?;
+    let drive = |path: &Path, unit: u32, read_only: &str| {
+        format!(
+            "if=pflash,format=raw,unit={unit},readonly={read_only},file={}",
+            path.display()
+        )
+    };
+    Ok(vec![
+        "-drive".into(),
+        drive(code, 0, "on"),
+        "-drive".into(),
+        drive(&own, 1, "off"),
+    ])
+}
+
+/// Takes QEMU's connection; its end instead is an error with its last words.
+fn accept(listener: &UnixListener, process: &mut Process, stderr: &Path) -> Result<UnixStream> {
+    let deadline = Deadline::secs(CONNECT_SECS);
+    let ready = wait_readable(&[listener.as_fd(), process.as_fd()], deadline)?;
+    if ready[0] {
+        let (stream, _) = listener
+            .accept()
+            .context(|| "accepting a connection of QEMU".into())?;
+        return Ok(stream);
+    }
+    match process.try_status()? {
+        Some(status) => Err(refused(process, status, stderr)),
+        None => Err(deadline.missed("QEMU's connection to its ports")),
+    }
+}
+
+/// The error that says why QEMU ended before it was a machine.
+fn refused(process: &Process, status: ExitStatus, stderr: &Path) -> Error {
+    Error::MachineExited {
+        machine: process.name().to_owned(),
+        status: describe_status(status),
+        stderr: tail(&std::fs::read_to_string(stderr).unwrap_or_default(), 20),
+        console: String::new(),
+    }
+}

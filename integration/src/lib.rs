@@ -1,0 +1,45 @@
+//! The test bed: real virtual machines, with stock kernels and stock drivers, to prove Farbus on.
+//!
+//! ```no_run
+//! use farbus_integration::builder::MachineBuilder;
+//! use farbus_integration::deadline::Deadline;
+//! use farbus_integration::scratch::Scratch;
+//! use farbus_integration::tools::Tools;
+//!
+//! # fn main() -> farbus_integration::error::Result<()> {
+//! let tools = Tools::open()?;
+//! let scratch = Scratch::new("example")?;
+//! let disk = scratch.disk("disk.img", 64 << 20)?;
+//! let machine = MachineBuilder::new("example").emulated_nvme("nv0", &disk).start(&tools)?;
+//! let guest = machine.wait_guest(Deadline::secs(60))?;
+//! guest.check("nvme id-ctrl /dev/nvme0")?;
+//! machine.quit()
+//! # }
+//! ```
+//!
+//! - [`tools`] and [`cache`] get what machines are made of, from Debian packages.
+//! - [`builder`] and [`machine`] start, watch and end QEMU; [`qmp`] talks to it.
+//! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
+//! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
+//! - [`report`] says how a test failed, or why it could not run.
+//! - [`process`], [`scratch`], [`deadline`] are what the others stand on.
+
+#![forbid(unsafe_code)]
+
+pub mod builder;
+pub mod cache;
+pub mod daemon;
+pub mod deadline;
+pub mod demo;
+pub mod error;
+pub mod guest;
+pub mod machine;
+pub mod measure;
+pub mod process;
+pub mod procfs;
+pub mod qmp;
+pub mod report;
+pub mod scratch;
+mod terminal;
+pub mod tools;
+pub mod verify;

@@ -1,0 +1,119 @@
+//! The guest's queues, as the controller that it sees has them.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+
+use farbus_fabric::wire::Tag;
+use farbus_vfio::Iova;
+use farbus_vfio::nvme::{CQE_SIZE, CompletionEntry, SQE_SIZE, SubmissionEntry};
+use vm_memory::Bytes;
+
+use super::super::description::MAX_QUEUE_PAIRS;
+use super::super::ring::{CompletionRing, SubmissionRing};
+use crate::guest::{GuestMemory, NotMapped};
+
+/// A submission queue in guest memory.
+pub(super) struct SubmissionQueue {
+    base: u64,
+    pub(super) ring: SubmissionRing,
+    pub(super) completion_queue: u16,
+    /// Commands of this queue that are queued or at the device. Fewer than the ring has
+    /// entries, since the device's own ring is as long.
+    pub(super) outstanding: u32,
+}
+
+impl SubmissionQueue {
+    pub(super) fn new(base: u64, size: u32, completion_queue: u16) -> Self {
+        Self {
+            base,
+            ring: SubmissionRing::new(size),
+            completion_queue,
+            outstanding: 0,
+        }
+    }
+
+    /// Copies the entry at the head, if there is one; the head stays.
+    pub(super) fn peek(&self, memory: &GuestMemory) -> Result<Option<SubmissionEntry>, NotMapped> {
+        let Some(index) = self.ring.peek() else {
+            return Ok(None);
+        };
+        let mut entry = [0; SQE_SIZE];
+        memory.read(
+            Iova(self.base + u64::from(index) * SQE_SIZE as u64),
+            &mut entry,
+        )?;
+        Ok(Some(SubmissionEntry(entry)))
+    }
+}
+
+/// A completion queue in guest memory.
+pub(super) struct CompletionQueue {
+    base: u64,
+    pub(super) ring: CompletionRing,
+    /// The vector to signal, if the guest wants interrupts.
+    pub(super) vector: Option<u16>,
+    /// Completions that wait for room, in order.
+    pub(super) held: VecDeque<Tag>,
+}
+
+impl CompletionQueue {
+    pub(super) fn new(base: u64, size: u32, vector: Option<u16>) -> Self {
+        Self {
+            base,
+            ring: CompletionRing::new(size),
+            vector,
+            held: VecDeque::new(),
+        }
+    }
+
+    /// Stores an entry, whose phase this fills in. The caller has seen room. The half with
+    /// the phase tag is stored last, with release ordering, as a polling driver expects.
+    pub(super) fn post(
+        &mut self,
+        memory: &GuestMemory,
+        mut entry: CompletionEntry,
+    ) -> Result<(), NotMapped> {
+        let (index, phase) = self.ring.produce();
+        entry.phase = phase;
+        let iova = Iova(self.base + u64::from(index) * CQE_SIZE as u64);
+        let refused = NotMapped {
+            iova,
+            len: CQE_SIZE as u64,
+        };
+        let slot = memory.slice(iova, CQE_SIZE, true)?;
+        let [low, high] = entry.to_qwords();
+        slot.store(low.to_le(), 0, Ordering::Relaxed)
+            .and_then(|()| slot.store(high.to_le(), 8, Ordering::Release))
+            .map_err(|_| refused)
+    }
+}
+
+/// All queues of a controller; index 0 holds the admin queues.
+pub(super) struct Queues {
+    pub(super) submission: Vec<Option<SubmissionQueue>>,
+    pub(super) completion: Vec<Option<CompletionQueue>>,
+}
+
+impl Queues {
+    pub(super) fn new() -> Self {
+        let count = usize::from(MAX_QUEUE_PAIRS) + 1;
+        Self {
+            submission: (0..count).map(|_| None).collect(),
+            completion: (0..count).map(|_| None).collect(),
+        }
+    }
+
+    /// Forgets all queues.
+    pub(super) fn clear(&mut self) {
+        self.submission.fill_with(|| None);
+        self.completion.fill_with(|| None);
+    }
+
+    pub(super) fn sq(&mut self, id: u16) -> Option<&mut SubmissionQueue> {
+        self.submission.get_mut(usize::from(id))?.as_mut()
+    }
+
+    pub(super) fn cq(&mut self, id: u16) -> Option<&mut CompletionQueue> {
+        self.completion.get_mut(usize::from(id))?.as_mut()
+    }
+}

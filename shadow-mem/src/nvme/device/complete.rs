@@ -1,0 +1,158 @@
+//! From the device's completion queues to the link.
+
+use farbus_fabric::FabricError;
+use farbus_fabric::wire::{CompleteEntry, QueueId, Tag};
+use farbus_vfio::nvme::{CompletionEntry, PAGE_SIZE, Status, admin};
+use log::warn;
+use vm_memory::VolatileMemory;
+
+use super::super::identify;
+use super::super::ring::CompletionCursor;
+use super::super::transfer::Transfer;
+use super::tags::Command;
+use super::{DeviceHalf, SubmissionQueue};
+use crate::session::Session;
+
+impl DeviceHalf {
+    /// Sends everything that the device has completed, unless the network takes no more: then
+    /// it stays in the device's queues.
+    pub(super) fn send_completions(&mut self, session: &mut Session) -> Result<(), FabricError> {
+        for id in 0..self.completion.len() as u16 {
+            self.drain(id, session)?;
+        }
+        session.complete(&mut self.batch, &mut self.payload)
+    }
+
+    fn drain(&mut self, id: u16, session: &mut Session) -> Result<(), FabricError> {
+        let mut consumed = None;
+        while !session.is_congested() {
+            let Some(Some(cursor)) = self.completion.get_mut(usize::from(id)) else {
+                break;
+            };
+            let (index, phase) = cursor.at();
+            let Some(cqe) = self.arena.load_cqe(id, index, phase) else {
+                break;
+            };
+            cursor.advance();
+            consumed = Some(cursor.head());
+            self.take(&cqe, session)?;
+        }
+        if let Some(head) = consumed {
+            if let Err(error) = self.controller.ring(id, true, head) {
+                let update = self.controller.failed(&error);
+                self.report(update);
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, cqe: &CompletionEntry, session: &mut Session) -> Result<(), FabricError> {
+        let tag = Tag(cqe.cid);
+        let Some(command) = self.tags.take(tag, cqe.sq_id) else {
+            warn!(
+                "{}: completed command {} of queue {}, which was never sent",
+                self.function.info().label,
+                cqe.cid,
+                cqe.sq_id
+            );
+            return Ok(());
+        };
+        if let Some(Some(sq)) = self.submission.get_mut(usize::from(command.queue)) {
+            sq.outstanding = sq.outstanding.saturating_sub(1);
+        }
+        let ok = cqe.status.is_success();
+        if command.queue == 0 && ok {
+            self.settle_admin(&command, session)?;
+        }
+        let data_len = match command.transfer {
+            Transfer::FromDevice(len) if ok => len,
+            _ => 0,
+        };
+        let entry = CompleteEntry {
+            tag,
+            queue: QueueId(command.queue),
+            status: cqe.status.0,
+            data_len,
+            result: cqe.result,
+        };
+        self.append(&entry, command.offset, session)
+    }
+
+    fn append(
+        &mut self,
+        entry: &CompleteEntry,
+        offset: u32,
+        session: &mut Session,
+    ) -> Result<(), FabricError> {
+        if !self.batch.has_room(entry.data_len) || self.payload.len() == self.payload.capacity() {
+            session.complete(&mut self.batch, &mut self.payload)?;
+        }
+        self.batch.push(entry)?;
+        if entry.data_len > 0 {
+            let span = self.span(offset, entry.data_len);
+            self.payload.push(span);
+        }
+        Ok(())
+    }
+
+    /// Follows what a successful admin command did to the device.
+    fn settle_admin(
+        &mut self,
+        command: &Command,
+        session: &mut Session,
+    ) -> Result<(), FabricError> {
+        let sqe = &command.sqe;
+        let (id, size) = (sqe.dword(10) as u16, (sqe.dword(10) >> 16) + 1);
+        let queue = usize::from(id);
+        match sqe.opcode() {
+            admin::CREATE_CQ => {
+                if let Some(slot) = self.completion.get_mut(queue) {
+                    *slot = Some(CompletionCursor::new(size));
+                }
+            }
+            admin::CREATE_SQ => {
+                if let Some(slot) = self.submission.get_mut(queue) {
+                    *slot = Some(SubmissionQueue {
+                        size,
+                        tail: 0,
+                        outstanding: 0,
+                        dirty: false,
+                    });
+                }
+            }
+            admin::DELETE_SQ => {
+                // A device need not complete what it dropped (NVMe 1.4 §5.6); the guest's
+                // driver and the compute half wait for it all the same.
+                while let Some(tag) = self.tags.take_of_queue(id) {
+                    let entry = CompleteEntry {
+                        tag,
+                        queue: QueueId(id),
+                        status: Status::ABORTED_SQ_DELETION.0,
+                        data_len: 0,
+                        result: 0,
+                    };
+                    self.append(&entry, 0, session)?;
+                }
+                if let Some(slot) = self.submission.get_mut(queue) {
+                    *slot = None;
+                }
+            }
+            admin::DELETE_CQ => {
+                if let Some(slot) = self.completion.get_mut(queue) {
+                    *slot = None;
+                }
+            }
+            admin::IDENTIFY if sqe.dword(10) as u8 == identify::CNS_CONTROLLER => {
+                let data = self
+                    .shadow
+                    .memory
+                    .get_slice(command.offset as usize, PAGE_SIZE);
+                if let Ok(data) = data {
+                    identify::reduce_controller(&data, self.description.max_transfer);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,421 @@
+//! The device half: drives the real controller for one claim.
+//!
+//! What the peer sends is not trusted: every command is checked against the same table that
+//! the compute half uses, and the device only ever gets addresses of the buffer shadow and of
+//! the [`arena`]. A message is acted on where it is received: from the link's receive to the
+//! device's doorbell there is no queue and no other thread.
+
+mod arena;
+mod complete;
+mod controller;
+mod host_memory;
+mod probe;
+mod submit;
+mod tags;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use farbus_fabric::wire::{
+    CompleteBatch, Data, FaultCode, Header, Kind, Message, RequestId, Submit, Text, WireError,
+};
+use farbus_fabric::{FabricError, Sink, Span};
+use farbus_vfio::nvme::{DOORBELL_BASE, reg};
+use farbus_vfio::{
+    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, RegionIndex,
+};
+use log::{debug, warn};
+use vm_memory::mmap::MmapRegion;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::arena::Arena;
+use self::controller::Controller;
+use self::tags::Tags;
+use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
+use super::ring::CompletionCursor;
+use crate::session::Session;
+use crate::shadow::shared_memory;
+
+/// What a claim gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Size of the buffer shadow in bytes.
+    pub shadow_len: u32,
+    /// Commands that may be outstanding.
+    pub tags: u16,
+    /// Largest transfer of one command in bytes, a power of two of pages.
+    pub max_transfer: u32,
+}
+
+impl Default for Limits {
+    /// 16 MiB, 1024 commands, 1 MiB.
+    fn default() -> Self {
+        Self {
+            shadow_len: 16 << 20,
+            tags: 1024,
+            max_transfer: 1 << 20,
+        }
+    }
+}
+
+/// Why a device half cannot serve a function.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The function refused.
+    #[error(transparent)]
+    Function(#[from] FunctionError),
+    /// Memory could not be had.
+    #[error("memory for the buffer shadow and the queues could not be had")]
+    Memory(#[source] io::Error),
+    /// The function has no interrupts that a server can wait for.
+    #[error("the function has neither MSI-X nor MSI interrupts")]
+    NoInterrupts,
+    /// No IOVA range of the function has room.
+    #[error("the function's IOVA ranges have no room for {len:#x} bytes")]
+    NoIova {
+        /// How many bytes were to be mapped.
+        len: u64,
+    },
+    /// The controller did not do what the specification says.
+    #[error("the controller {0}")]
+    Controller(String),
+}
+
+/// A submission queue of the device.
+struct SubmissionQueue {
+    size: u32,
+    tail: u32,
+    outstanding: u32,
+    /// Entries were placed that the doorbell does not tell of yet.
+    dirty: bool,
+}
+
+/// One claim's hold on an NVMe function. Dropping it resets the function and takes its memory
+/// away.
+pub struct DeviceHalf {
+    function: Arc<dyn Function>,
+    description: NvmeDescription,
+    arena: Arena,
+    shadow: DmaWindow,
+    host_memory: Option<DmaWindow>,
+    limits: Limits,
+    tags: Tags,
+    submission: Vec<Option<SubmissionQueue>>,
+    completion: Vec<Option<CompletionCursor>>,
+    controller: Controller,
+    vectors: u32,
+    event: Arc<EventFd>,
+    /// Answers and updates to be sent; each message received adds at most one.
+    outbox: VecDeque<Message>,
+    batch: CompleteBatch,
+    payload: Vec<Span>,
+}
+
+impl DeviceHalf {
+    /// Takes hold of a function: resets it, gives it the claim's fresh memory, and asks it
+    /// what it is.
+    pub fn open(function: Arc<dyn Function>, limits: Limits) -> Result<Self, DeviceError> {
+        let info = function.info();
+        if info.resettable {
+            function.reset()?;
+        }
+        let (kind, vectors) = match info.interrupts {
+            counts if counts.msix > 0 => (InterruptKind::Msix, counts.msix),
+            counts if counts.msi > 0 => (InterruptKind::Msi, counts.msi),
+            _ => return Err(DeviceError::NoInterrupts),
+        };
+        let shadow_len = limits.shadow_len as usize;
+        let arena_len = Arena::len_for(MAX_QUEUE_PAIRS, limits.tags);
+        let base = find_iova(info, Iova(0), (shadow_len + arena_len) as u64)?;
+        let memory = shared_memory("farbus-shadow", shadow_len).map_err(DeviceError::Memory)?;
+        let shadow = DmaWindow {
+            iova: base,
+            memory,
+            offset: 0,
+            len: shadow_len,
+            access: DmaAccess::ReadWrite,
+        };
+        let arena_base = Iova(base.0 + shadow_len as u64);
+        let arena =
+            Arena::new(arena_base, MAX_QUEUE_PAIRS, limits.tags).map_err(DeviceError::Memory)?;
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Memory)?);
+        let events = vec![Some(event.clone()); vectors as usize];
+        let queues = usize::from(MAX_QUEUE_PAIRS) + 1;
+        let mut half = Self {
+            controller: Controller::new(function.clone())?,
+            description: NvmeDescription {
+                cap: 0,
+                vs: 0,
+                max_transfer: limits.max_transfer,
+                queue_pairs: 1,
+                namespaces: super::description::Namespaces::default(),
+            },
+            arena,
+            shadow,
+            host_memory: None,
+            limits,
+            tags: Tags::new(limits.tags),
+            submission: (0..queues).map(|_| None).collect(),
+            completion: (0..queues).map(|_| None).collect(),
+            vectors,
+            event,
+            outbox: VecDeque::new(),
+            batch: CompleteBatch::new(),
+            payload: Vec::with_capacity(1024),
+            function,
+        };
+        half.function.map_dma(&half.shadow)?;
+        half.function.map_dma(&half.arena.window())?;
+        half.function.set_interrupts(kind, 0, &events)?;
+        half.probe()?;
+        Ok(half)
+    }
+
+    /// The controller as the guest will see it.
+    pub fn description(&self) -> &NvmeDescription {
+        &self.description
+    }
+
+    /// The buffer shadow.
+    pub fn shadow(&self) -> &Arc<MmapRegion> {
+        &self.shadow.memory
+    }
+
+    /// Becomes readable when the device has signalled an interrupt; [`Self::interrupted`]
+    /// then.
+    pub fn interrupt(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// The device has signalled: sends what it completed.
+    pub fn interrupted(&mut self, session: &mut Session) -> Result<(), FabricError> {
+        // Whatever comes after this read signals again.
+        let _ = self.event.read();
+        self.send_completions(session)
+    }
+
+    /// Sends answers and updates, and whatever else waited for the network.
+    pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
+        while let Some(message) = self.outbox.front() {
+            if session.is_congested() {
+                return Ok(());
+            }
+            session.send(message)?;
+            self.outbox.pop_front();
+        }
+        self.send_completions(session)
+    }
+
+    /// Looks after a controller that changes its state, and notices one that has failed.
+    pub fn tick(&mut self, now: Instant) {
+        let update = self.controller.tick(now);
+        self.report(update);
+    }
+
+    /// How long after one [`Self::tick`] the next one is due.
+    pub fn next_tick(&self) -> Duration {
+        self.controller.next_tick()
+    }
+
+    fn report(&mut self, update: controller::Update) {
+        match update {
+            controller::Update::None => {}
+            controller::Update::Started => {
+                self.lend_host_memory();
+                self.push_status();
+            }
+            controller::Update::Stopped => {
+                self.forget_commands();
+                self.push_status();
+            }
+            controller::Update::Status => self.push_status(),
+            controller::Update::Failed { code, text } => {
+                warn!("{}: {text}", self.function.info().label);
+                self.outbox.push_back(Message::Fault {
+                    code,
+                    text: Text::truncated(&text),
+                });
+            }
+        }
+    }
+
+    fn push_status(&mut self) {
+        let status = self.controller.status().to_le_bytes();
+        if let Ok(data) = Data::new(&status) {
+            self.outbox.push_back(Message::RegisterUpdate {
+                region: RegionIndex::BAR0.0,
+                offset: reg::CSTS,
+                data,
+            });
+        }
+    }
+
+    /// The controller has stopped: nothing is at the device any more.
+    fn forget_commands(&mut self) {
+        self.tags.clear();
+        self.submission.fill_with(|| None);
+        self.completion.fill_with(|| None);
+        self.batch.clear();
+        self.payload.clear();
+    }
+
+    fn register_write(&mut self, region: u8, offset: u64, data: &[u8]) {
+        let (RegionIndex::BAR0, reg::CC, Ok(value)) =
+            (RegionIndex(region), offset, <[u8; 4]>::try_from(data))
+        else {
+            // All other registers of the device belong to this half.
+            debug!("ignored a write to {} at {offset:#x}", RegionIndex(region));
+            return;
+        };
+        let update = self.configure(u32::from_le_bytes(value));
+        self.report(update);
+    }
+
+    fn register_read(&mut self, request: RequestId, region: u8, offset: u64, len: u8) {
+        let mut value = [0; 8];
+        let value = &mut value[..usize::from(len.min(8))];
+        let allowed = region == RegionIndex::BAR0.0 && offset < DOORBELL_BASE;
+        let ok = allowed
+            && self
+                .function
+                .region_read(RegionIndex(region), offset, value)
+                .is_ok();
+        self.answer(request, ok, value);
+    }
+
+    fn config_read(&mut self, request: RequestId, offset: u16, len: u16) {
+        let mut value = [0; Data::MAX];
+        let value = &mut value[..usize::from(len).min(Data::MAX)];
+        let ok = self.function.config_read(offset, value).is_ok();
+        self.answer(request, ok, value);
+    }
+
+    fn answer(&mut self, request: RequestId, ok: bool, value: &[u8]) {
+        if let Ok(data) = Data::new(if ok { value } else { &[] }) {
+            self.outbox.push_back(Message::Value {
+                request,
+                status: u16::from(!ok),
+                data,
+            });
+        }
+    }
+
+    fn reset(&mut self, request: RequestId) {
+        let outcome = self.function.reset();
+        self.forget_commands();
+        self.controller.was_reset();
+        if let Err(error) = &outcome {
+            warn!("{}: reset failed: {error}", self.function.info().label);
+        }
+        self.outbox.push_back(Message::ResetDone {
+            request,
+            outcome: outcome.map_err(|error| Text::truncated(&error.to_string())),
+        });
+    }
+}
+
+impl Sink for DeviceHalf {
+    fn land(
+        &mut self,
+        header: &Header,
+        control: &[u8],
+        spans: &mut Vec<Span>,
+    ) -> Result<(), FabricError> {
+        for entry in Submit::decode(header, control)?.entries() {
+            self.landing(&entry.placement, spans)?;
+        }
+        Ok(())
+    }
+
+    fn deliver(&mut self, header: &Header, control: &[u8]) -> Result<(), FabricError> {
+        if header.kind == Kind::Submit {
+            return self.submit(Submit::decode(header, control)?);
+        }
+        match Message::decode(header, control)? {
+            Message::RegisterWrite {
+                region,
+                offset,
+                data,
+            } => self.register_write(region, offset, &data),
+            Message::RegisterRead {
+                request,
+                region,
+                offset,
+                len,
+            } => self.register_read(request, region, offset, len),
+            Message::ConfigRead {
+                request,
+                offset,
+                len,
+            } => self.config_read(request, offset, len),
+            // The function's configuration belongs to the device server.
+            Message::ConfigWrite { offset, .. } => {
+                debug!("ignored a write to configuration space at {offset:#x}");
+            }
+            Message::Reset { request } => self.reset(request),
+            Message::Ping { nonce } => self.outbox.push_back(Message::Pong { nonce }),
+            Message::Pong { .. } => {}
+            Message::Release => return Err(FabricError::Closed),
+            other => {
+                return Err(FabricError::Malformed(WireError::WrongPhase {
+                    kind: other.kind(),
+                    epoch: header.epoch,
+                }));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for DeviceHalf {
+    /// The order matters: a function that is reset does no more DMA, so its memory can go.
+    fn drop(&mut self) {
+        let label = &self.function.info().label;
+        if let Err(error) = self.controller.stop_now() {
+            warn!("{label}: could not be disabled: {error}");
+        }
+        if self.function.info().resettable {
+            if let Err(error) = self.function.reset() {
+                warn!("{label}: could not be reset: {error}");
+            }
+        }
+        let silent = vec![None; self.vectors as usize];
+        for kind in [InterruptKind::Msix, InterruptKind::Msi] {
+            if self.function.info().interrupts.of(kind) > 0 {
+                let _ = self.function.set_interrupts(kind, 0, &silent);
+                break;
+            }
+        }
+        let arena = self.arena.window();
+        for window in [&self.shadow, &arena].into_iter().chain(&self.host_memory) {
+            if let Err(error) = self.function.unmap_dma(window.iova, window.len as u64) {
+                warn!("{label}: could not take memory back: {error}");
+            }
+        }
+    }
+}
+
+/// A place for `len` bytes in the function's address space at `from` or behind, away from
+/// address 0.
+fn find_iova(info: &FunctionInfo, from: Iova, len: u64) -> Result<Iova, DeviceError> {
+    const ALIGN: u64 = 2 << 20;
+    let from = from.0.max(ALIGN);
+    info.iova_ranges
+        .iter()
+        .find_map(|range| {
+            let base = range.start().max(&from).checked_next_multiple_of(ALIGN)?;
+            let end = base.checked_add(len - 1)?;
+            (end <= *range.end()).then_some(Iova(base))
+        })
+        .ok_or(DeviceError::NoIova { len })
+}
+
+/// The code for a function that refused.
+fn fault_of(error: &FunctionError) -> FaultCode {
+    match error {
+        FunctionError::Gone(_) => FaultCode::Gone,
+        _ => FaultCode::Internal,
+    }
+}

@@ -1,0 +1,193 @@
+//! From the link to the device's submission queues.
+
+use farbus_fabric::wire::{Direction, Placement, Submit, SubmitEntry};
+use farbus_fabric::{FabricError, Span};
+use farbus_vfio::Iova;
+use farbus_vfio::nvme::{PAGE_SIZE, SubmissionEntry, admin};
+use log::debug;
+
+use super::super::description::MAX_QUEUE_ENTRIES;
+use super::super::prp;
+use super::super::transfer::{self, Transfer};
+use super::tags::Command;
+use super::{DeviceHalf, SubmissionQueue};
+
+impl DeviceHalf {
+    /// Where a command's data lands in the buffer shadow.
+    pub(super) fn landing(
+        &self,
+        placement: &Placement,
+        spans: &mut Vec<Span>,
+    ) -> Result<(), FabricError> {
+        self.check_range(placement)?;
+        if !self.tags.is_free(placement.tag) {
+            return Err(FabricError::violation(format!(
+                "{} is in use",
+                placement.tag
+            )));
+        }
+        if placement.direction == Direction::ToDevice {
+            spans.push(self.span(placement.shadow_offset, placement.data_len));
+        }
+        Ok(())
+    }
+
+    pub(super) fn span(&self, offset: u32, len: u32) -> Span {
+        Span {
+            memory: self.shadow.memory.clone(),
+            offset: offset as usize,
+            len: len as usize,
+        }
+    }
+
+    fn check_range(&self, placement: &Placement) -> Result<(), FabricError> {
+        let Placement {
+            shadow_offset,
+            data_len,
+            ..
+        } = *placement;
+        let end = u64::from(shadow_offset) + u64::from(data_len);
+        if shadow_offset as usize % PAGE_SIZE != 0
+            || end > self.shadow.len as u64
+            || data_len > self.description.max_transfer
+        {
+            return Err(FabricError::violation(format!(
+                "{data_len} bytes at {shadow_offset:#x} do not fit the buffer shadow"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Places a batch of commands in the device's queues and rings each doorbell once.
+    pub(super) fn submit(&mut self, batch: Submit<'_>) -> Result<(), FabricError> {
+        if !self.controller.is_on() {
+            // The guest's driver does not know yet. It resets the controller, and that ends
+            // these commands too.
+            debug!("dropped commands for a controller that is not enabled");
+            return Ok(());
+        }
+        for entry in batch.entries() {
+            self.place(&entry)?;
+        }
+        for id in 0..self.submission.len() {
+            let Some(Some(sq)) = self.submission.get_mut(id) else {
+                continue;
+            };
+            if std::mem::take(&mut sq.dirty) {
+                if let Err(error) = self.controller.ring(id as u16, false, sq.tail) {
+                    let update = self.controller.failed(&error);
+                    self.report(update);
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn place(&mut self, entry: &SubmitEntry<'_>) -> Result<(), FabricError> {
+        let placement = &entry.placement;
+        let (tag, queue) = (placement.tag, placement.queue.0);
+        let guest = SubmissionEntry(*entry.command);
+        self.check_range(placement)?;
+        if !self.tags.is_free(tag) {
+            return Err(FabricError::violation(format!("{tag} is in use")));
+        }
+        let transfer = match queue {
+            0 => transfer::of_admin(&guest),
+            _ => transfer::of_nvm(&guest, &self.description.namespaces),
+        };
+        let declared = match placement.direction {
+            Direction::None => Transfer::None,
+            Direction::ToDevice => Transfer::ToDevice(placement.data_len),
+            Direction::FromDevice => Transfer::FromDevice(placement.data_len),
+        };
+        if transfer != Ok(declared) {
+            return Err(FabricError::violation(format!(
+                "{guest:?} with {declared:?} cannot be carried"
+            )));
+        }
+        let mut sqe = guest;
+        sqe.clear_flags();
+        sqe.set_cid(tag.0);
+        sqe.set_mptr(0);
+        let data = Iova(self.shadow.iova.0 + u64::from(placement.shadow_offset));
+        if queue == 0 {
+            self.check_create(&guest)?;
+        }
+        let arena = &self.arena;
+        let (prp1, prp2) = prp::build(
+            data,
+            placement.data_len,
+            arena.list(tag.0),
+            |index, address| {
+                arena.store_list_entry(tag.0, index, address);
+            },
+        );
+        sqe.set_prps(prp1, prp2);
+        if queue == 0 {
+            self.translate_create(&mut sqe);
+        }
+        let sq = match self.submission.get_mut(usize::from(queue)) {
+            Some(Some(sq)) if sq.outstanding < sq.size - 1 => sq,
+            _ => {
+                return Err(FabricError::violation(format!(
+                    "submission queue {queue} does not exist or is full"
+                )));
+            }
+        };
+        push(sq, |index| arena.store_sqe(queue, index, &sqe.0));
+        self.tags.insert(
+            tag,
+            Command {
+                sqe: guest,
+                queue,
+                transfer: declared,
+                offset: placement.shadow_offset,
+            },
+        );
+        Ok(())
+    }
+
+    /// A queue that is to be created must fit this half's own memory.
+    fn check_create(&self, sqe: &SubmissionEntry) -> Result<(), FabricError> {
+        let (id, size) = (sqe.dword(10) as u16, (sqe.dword(10) >> 16) + 1);
+        let taken = match sqe.opcode() {
+            admin::CREATE_CQ => self.completion.get(usize::from(id)).map(Option::is_some),
+            admin::CREATE_SQ => self.submission.get(usize::from(id)).map(Option::is_some),
+            _ => return Ok(()),
+        };
+        let possible = (1..=self.description.queue_pairs).contains(&id)
+            && (2..=MAX_QUEUE_ENTRIES).contains(&size)
+            && taken == Some(false);
+        if !possible {
+            return Err(FabricError::violation(format!(
+                "queue {id} of {size} entries cannot be created"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Queues are made in this half's own memory.
+    fn translate_create(&self, sqe: &mut SubmissionEntry) {
+        let id = sqe.dword(10) as u16;
+        match sqe.opcode() {
+            admin::CREATE_CQ => {
+                self.arena.clear_cq(id);
+                sqe.set_prps(self.arena.cq(id).0, 0);
+                // Always with interrupts: this half waits for them even if the guest polls.
+                let vector = (sqe.dword(11) >> 16).min(self.vectors - 1);
+                sqe.set_dword(11, vector << 16 | 0b11);
+            }
+            admin::CREATE_SQ => sqe.set_prps(self.arena.sq(id).0, 0),
+            _ => {}
+        }
+    }
+}
+
+/// Puts an entry at the tail of a queue that has room; `store` gets its index.
+pub(super) fn push(sq: &mut SubmissionQueue, store: impl FnOnce(u32)) {
+    store(sq.tail);
+    sq.tail = (sq.tail + 1) % sq.size;
+    sq.outstanding += 1;
+    sq.dirty = true;
+}

@@ -1,0 +1,421 @@
+//! A function that sits in another server, as a [`Function`] like any local one.
+//!
+//! Everything a VMM asks is answered from here at once: configuration space and registers are
+//! copies, and what needs the device waits as an outstanding command. The link may come and
+//! go underneath; whoever runs the event loop reports its events ([`RemoteFunction::service`],
+//! [`RemoteFunction::tick`]) and brings a new one ([`RemoteFunction::reconnect`]).
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use farbus_fabric::session::ClaimedLink;
+use farbus_fabric::wire::{Description, EngineKind, Epoch, Message};
+use farbus_fabric::{Counters, FabricError, Received};
+use farbus_vfio::config::{ConfigError, ConfigSpace};
+use farbus_vfio::nvme::PAGE_SIZE;
+use farbus_vfio::{
+    DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind, Iova,
+    RegionIndex, RegionInfo,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::nvme::compute::{Changed, ComputeHalf};
+use crate::nvme::description::{BadDescription, NvmeDescription};
+use crate::session::Session;
+
+/// Messages received before other work has its turn.
+const RECEIVE_BURST: usize = 64;
+/// Silence, in ticks of a second, after which the peer is taken for dead.
+const SILENT_TICKS: u32 = 5;
+
+/// Why a remote function cannot be offered.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteError {
+    /// The device side has no engine that this side knows.
+    #[error("no engine carries this function (the device server offers {0:?})")]
+    NoEngine(EngineKind),
+    /// The function has no MSI-X capability.
+    #[error("the function has no MSI-X, which is the only kind of interrupt that crosses")]
+    NoMsix,
+    /// What the peer granted or described cannot be.
+    #[error("the device server granted {tags} commands and a buffer shadow of {shadow_len} bytes")]
+    BadGrant {
+        /// Commands that may be outstanding.
+        tags: u16,
+        /// Size of the buffer shadow in bytes.
+        shadow_len: u32,
+    },
+    /// The function's configuration space does not hold together.
+    #[error("the device server describes an impossible configuration space")]
+    Config(#[from] ConfigError),
+    /// The engine's description does not hold together.
+    #[error("the device server describes an impossible controller")]
+    Description(#[from] BadDescription),
+    /// The function behind the export is another one than before.
+    #[error(transparent)]
+    Changed(#[from] Changed),
+    /// This machine lacks memory.
+    #[error("memory for the engine could not be had")]
+    Memory(#[source] std::io::Error),
+    /// The link failed.
+    #[error("the link failed")]
+    Link(#[from] FabricError),
+}
+
+/// Most buffer shadow that a device server can make us account for.
+const MAX_SHADOW: u32 = 1 << 30;
+/// Fewer tags than this leave none for I/O.
+const MIN_TAGS: u16 = 64;
+
+/// A link that has failed, for the event loop to let go of.
+pub struct LostLink {
+    /// Keeps the descriptor open until the event loop has forgotten it.
+    pub session: Session,
+    /// Why.
+    pub error: FabricError,
+}
+
+/// What the event loop must wait for on the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInterest {
+    /// The link's descriptor.
+    pub descriptor: RawFd,
+    /// Whether to wait until it is writable, too.
+    pub writable: bool,
+}
+
+struct State {
+    config: ConfigSpace,
+    half: ComputeHalf,
+    session: Option<Session>,
+    lost: Option<LostLink>,
+    epoch: Epoch,
+    heard: bool,
+    silent: u32,
+}
+
+/// See the module's own description.
+pub struct RemoteFunction {
+    info: FunctionInfo,
+    description: Description,
+    state: Mutex<State>,
+}
+
+/// The function's parts that a description fixes.
+fn parse(
+    claimed: &ClaimedLink,
+) -> Result<(Vec<RegionInfo>, ConfigSpace, NvmeDescription), RemoteError> {
+    let ClaimedLink {
+        description,
+        shadow_len,
+        tags,
+        ..
+    } = claimed;
+    if description.engine != EngineKind::Nvme {
+        return Err(RemoteError::NoEngine(description.engine));
+    }
+    if *tags < MIN_TAGS || !(PAGE_SIZE as u32..=MAX_SHADOW).contains(shadow_len) {
+        return Err(RemoteError::BadGrant {
+            tags: *tags,
+            shadow_len: *shadow_len,
+        });
+    }
+    let regions: Vec<_> = description
+        .regions
+        .iter()
+        .map(|region| RegionInfo {
+            index: RegionIndex(region.index),
+            size: region.size,
+        })
+        .collect();
+    let config = ConfigSpace::from_image(&description.config, &regions)?;
+    let nvme = NvmeDescription::decode(&description.blob, *shadow_len)?;
+    Ok((regions, config, nvme))
+}
+
+impl RemoteFunction {
+    /// The function of a claim. `label` says to people where it is.
+    pub fn new(label: String, claimed: ClaimedLink) -> Result<Self, RemoteError> {
+        let (regions, config, nvme) = parse(&claimed)?;
+        let msix = config.msix().ok_or(RemoteError::NoMsix)?.vectors.into();
+        let info = FunctionInfo {
+            label,
+            config_size: config.size(),
+            regions,
+            interrupts: InterruptCounts {
+                intx: 0,
+                msi: 0,
+                msix,
+            },
+            resettable: true,
+            iova_ranges: vec![0..=u64::MAX],
+        };
+        let half = ComputeHalf::new(nvme, claimed.shadow_len, claimed.tags, msix)
+            .map_err(RemoteError::Memory)?;
+        Ok(Self {
+            info,
+            description: claimed.description,
+            state: Mutex::new(State {
+                config,
+                half,
+                session: Some(Session::new(claimed.link)),
+                lost: None,
+                epoch: claimed.epoch,
+                heard: true,
+                silent: 0,
+            }),
+        })
+    }
+
+    /// A panic of another thread while it held the lock would have ended the process's one
+    /// event loop, so the state behind it is whole.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What to wait for, while there is a link.
+    pub fn link_interest(&self) -> Option<LinkInterest> {
+        let state = self.state();
+        let session = state.session.as_ref()?;
+        Some(LinkInterest {
+            descriptor: session.descriptor().as_raw_fd(),
+            writable: session.is_congested(),
+        })
+    }
+
+    /// The link's descriptor has events: receives, sends what waited, and goes on with what
+    /// either made possible.
+    pub fn service(&self) {
+        self.state().with_session(|half, session, heard| {
+            session.flush()?;
+            for _ in 0..RECEIVE_BURST {
+                match session.receive(half)? {
+                    Received::Message => *heard = true,
+                    Received::Idle => break,
+                }
+            }
+            half.pump(session)
+        });
+    }
+
+    /// Once a second: asks a silent peer for a sign of life, and gives up on one that has been
+    /// silent for too long.
+    pub fn tick(&self) {
+        let mut state = self.state();
+        state.silent = if std::mem::take(&mut state.heard) {
+            0
+        } else {
+            state.silent + 1
+        };
+        let silent = state.silent;
+        state.with_session(|_, session, _| match silent {
+            0 => Ok(()),
+            SILENT_TICKS.. => Err(FabricError::Timeout {
+                what: "a sign of life of the device server",
+                after: std::time::Duration::from_secs(silent.into()),
+            }),
+            _ if session.is_congested() => Ok(()),
+            _ => session.send(&Message::Ping { nonce: 0 }),
+        });
+    }
+
+    /// The link that failed since the last call, if one did.
+    pub fn take_lost(&self) -> Option<LostLink> {
+        self.state().lost.take()
+    }
+
+    /// Goes on over a new claim of the same export: the guest's controller is rebuilt, and
+    /// what was outstanding is sent again.
+    pub fn reconnect(&self, claimed: ClaimedLink) -> Result<(), RemoteError> {
+        let (_, _, nvme) = parse(&claimed)?;
+        let mut state = self.state();
+        let same = claimed.description.config == self.description.config
+            && claimed.description.regions == self.description.regions;
+        if !same {
+            return Err(Changed::function().into());
+        }
+        state
+            .half
+            .link_up(&nvme, claimed.shadow_len, claimed.tags)?;
+        let mut session = Session::new(claimed.link);
+        for window in state.half.windows() {
+            session.register(&window.memory)?;
+        }
+        state.epoch = claimed.epoch;
+        state.heard = true;
+        state.session = Some(session);
+        state.with_session(|half, session, _| half.pump(session));
+        Ok(())
+    }
+
+    /// The epoch of the claim at hand, or of the last one.
+    pub fn epoch(&self) -> Epoch {
+        self.state().epoch
+    }
+
+    /// What the link has carried, while there is one.
+    pub fn counters(&self) -> Option<Counters> {
+        self.state().session.as_ref().map(Session::counters)
+    }
+
+    /// Gives the export back: says so to the device server, without waiting for it.
+    pub fn release(&self) {
+        if let Some(mut session) = self.state().session.take() {
+            // The end of the connection says the same, only less politely.
+            let _ = session.send(&Message::Release);
+            let _ = session.flush();
+        }
+    }
+
+    fn out_of_bounds(&self, what: String, offset: u64, len: usize) -> FunctionError {
+        FunctionError::OutOfBounds { what, offset, len }
+    }
+
+    fn check_region(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), FunctionError> {
+        let size = self.info.region(region).map_or(0, |region| region.size);
+        match offset.checked_add(len as u64) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(self.out_of_bounds(region.to_string(), offset, len)),
+        }
+    }
+
+    fn check_msix(&self, kind: InterruptKind) -> Result<(), FunctionError> {
+        match kind {
+            InterruptKind::Msix => Ok(()),
+            other => Err(FunctionError::Unsupported(format!(
+                "the function has no {other:?} interrupts"
+            ))),
+        }
+    }
+}
+
+impl State {
+    /// Does something over the link, if there is one; an error is the end of that link.
+    fn with_session(
+        &mut self,
+        act: impl FnOnce(&mut ComputeHalf, &mut Session, &mut bool) -> Result<(), FabricError>,
+    ) {
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        if let Err(error) = act(&mut self.half, session, &mut self.heard) {
+            self.half.link_lost();
+            self.lost = self
+                .session
+                .take()
+                .map(|session| LostLink { session, error });
+        }
+    }
+
+    fn pump(&mut self) {
+        self.with_session(|half, session, _| half.pump(session));
+    }
+
+    fn reset(&mut self) {
+        self.config.reset();
+        self.half.reset();
+        self.pump();
+    }
+}
+
+impl Function for RemoteFunction {
+    fn info(&self) -> &FunctionInfo {
+        &self.info
+    }
+
+    fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
+        self.state().config.read(offset, data).map_err(|_| {
+            self.out_of_bounds("configuration space".into(), offset.into(), data.len())
+        })
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), FunctionError> {
+        let mut state = self.state();
+        let effect = state.config.write(offset, data).map_err(|_| {
+            self.out_of_bounds("configuration space".into(), offset.into(), data.len())
+        })?;
+        if effect.flr {
+            state.reset();
+        }
+        Ok(())
+    }
+
+    fn region_read(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(), FunctionError> {
+        self.check_region(region, offset, data.len())?;
+        match region {
+            RegionIndex::BAR0 => self.state().half.register_read(offset, data),
+            _ => data.fill(0),
+        }
+        Ok(())
+    }
+
+    fn region_write(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), FunctionError> {
+        self.check_region(region, offset, data.len())?;
+        if region == RegionIndex::BAR0 {
+            let mut state = self.state();
+            state.half.register_write(offset, data);
+            state.pump();
+        }
+        Ok(())
+    }
+
+    fn map_dma(&self, window: &DmaWindow) -> Result<(), FunctionError> {
+        let mut state = self.state();
+        state.half.map(window)?;
+        state.with_session(|_, session, _| session.register(&window.memory));
+        Ok(())
+    }
+
+    fn unmap_dma(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
+        let mut state = self.state();
+        let gone = state.half.unmap(iova, len)?;
+        state.with_session(|_, session, _| {
+            for window in &gone {
+                session.revoke(&window.memory, window.offset, window.len);
+                session.unregister(&window.memory);
+            }
+            Ok(())
+        });
+        Ok(())
+    }
+
+    fn set_interrupts(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        events: &[Option<Arc<EventFd>>],
+    ) -> Result<(), FunctionError> {
+        self.check_msix(kind)?;
+        self.state().half.set_interrupts(first, events)
+    }
+
+    fn mask_interrupt(
+        &self,
+        kind: InterruptKind,
+        vector: u32,
+        masked: bool,
+    ) -> Result<(), FunctionError> {
+        self.check_msix(kind)?;
+        self.state().half.mask_interrupt(vector, masked)
+    }
+
+    fn reset(&self) -> Result<(), FunctionError> {
+        self.state().reset();
+        Ok(())
+    }
+}

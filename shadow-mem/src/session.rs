@@ -1,0 +1,154 @@
+//! One claim as an engine uses it: a link, and the buffers to send from.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use farbus_fabric::wire::{self, CompleteBatch, Message};
+use farbus_fabric::{Counters, FabricError, Frame, Link, Received, Sink, Span};
+use vm_memory::MmapRegion;
+
+/// Spans that one message gathers at most: what one `sendmsg` or one chain of work requests
+/// takes, less the control part.
+const MAX_SPANS: usize = 1000;
+
+/// Commands to send in one message, with the guest memory that their data is gathered from.
+pub struct SubmitBatch {
+    entries: wire::SubmitBatch,
+    pub(crate) payload: Vec<Span>,
+}
+
+impl SubmitBatch {
+    pub(crate) fn new() -> Self {
+        Self {
+            entries: wire::SubmitBatch::new(),
+            payload: Vec::with_capacity(MAX_SPANS),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Whether a command with the largest transfer, in as many segments as it may have, might
+    /// not fit any more.
+    pub(crate) fn is_full(&self, max_transfer: u32) -> bool {
+        let segments = max_transfer as usize / farbus_vfio::nvme::PAGE_SIZE + 1;
+        !self.entries.has_room(max_transfer, 0) || self.payload.len() + segments > MAX_SPANS
+    }
+
+    pub(crate) fn push(
+        &mut self,
+        placement: &wire::Placement,
+        command: &[u8; 64],
+    ) -> Result<(), wire::WireError> {
+        self.entries.push(placement, command, &[])
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.entries.clear();
+        self.payload.clear();
+    }
+}
+
+/// A claimed link.
+pub struct Session {
+    link: Box<dyn Link>,
+    control: Vec<u8>,
+}
+
+impl Session {
+    /// Over a link that is claimed already.
+    pub fn new(link: Box<dyn Link>) -> Self {
+        Self {
+            link,
+            control: Vec::with_capacity(wire::MAX_CONTROL),
+        }
+    }
+
+    /// See [`Link::descriptor`].
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.link.descriptor()
+    }
+
+    /// Whether the network takes no more now.
+    pub fn is_congested(&self) -> bool {
+        self.link.is_congested()
+    }
+
+    /// Sends what is queued.
+    pub fn flush(&mut self) -> Result<(), FabricError> {
+        self.link.flush()
+    }
+
+    /// What the link has carried.
+    pub fn counters(&self) -> Counters {
+        self.link.counters()
+    }
+
+    /// Sends one message that has no payload.
+    pub fn send(&mut self, message: &Message) -> Result<(), FabricError> {
+        self.control.clear();
+        let header = message.encode(&mut self.control)?;
+        self.link.send(&Frame {
+            header,
+            control: &self.control,
+            payload: &[],
+            remote: &[],
+        })
+    }
+
+    /// Sends a batch of commands, if it has any, and empties it.
+    pub(crate) fn submit(&mut self, batch: &mut SubmitBatch) -> Result<(), FabricError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let sent = self.link.send(&Frame {
+            header: batch.entries.header(),
+            control: batch.entries.control(),
+            payload: &batch.payload,
+            remote: &[],
+        });
+        batch.clear();
+        sent
+    }
+
+    /// Sends a batch of completions with their data, if it has any, and empties it.
+    pub(crate) fn complete(
+        &mut self,
+        batch: &mut CompleteBatch,
+        payload: &mut Vec<Span>,
+    ) -> Result<(), FabricError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let sent = self.link.send(&Frame {
+            header: batch.header(),
+            control: batch.control(),
+            payload,
+            remote: &[],
+        });
+        batch.clear();
+        payload.clear();
+        sent
+    }
+
+    /// Receives at most one message.
+    pub fn receive(&mut self, sink: &mut dyn Sink) -> Result<Received, FabricError> {
+        self.link.receive(sink)
+    }
+
+    /// See [`Link::register`].
+    pub fn register(&mut self, memory: &Arc<MmapRegion>) -> Result<(), FabricError> {
+        self.link.register(memory)
+    }
+
+    /// See [`Link::unregister`].
+    pub fn unregister(&mut self, memory: &Arc<MmapRegion>) {
+        self.link.unregister(memory);
+    }
+
+    /// See [`Link::revoke`].
+    pub fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize) {
+        self.link.revoke(memory, offset, len);
+    }
+}

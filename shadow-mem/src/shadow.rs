@@ -1,0 +1,154 @@
+//! The buffer shadow: device-side memory that the device DMAs to and from in place of the
+//! guest's.
+//!
+//! It has a fixed size per attachment, so what a guest keeps in flight bounds the device
+//! server's memory. The *compute half* hands out its pages (it must know where a payload lands
+//! before it sends it, as a one-sided write does); the device half checks each range and
+//! uses it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+
+use farbus_vfio::nvme::PAGE_SIZE;
+use vm_memory::{FileOffset, MmapRegion};
+
+/// Shared memory of `len` bytes (whole pages) that others can map by its descriptor.
+pub fn shared_memory(name: &str, len: usize) -> io::Result<Arc<MmapRegion>> {
+    let file = memfd(name)?;
+    file.set_len(len as u64)?;
+    MmapRegion::from_file(FileOffset::new(file, 0), len)
+        .map(Arc::new)
+        .map_err(io::Error::other)
+}
+
+fn memfd(name: &str) -> io::Result<File> {
+    vm_memfd::create(name)
+}
+
+/// The one system call that the standard library does not wrap.
+mod vm_memfd {
+    #![allow(
+        unsafe_code,
+        reason = "memfd_create has no safe wrapper among our crates"
+    )]
+    use super::{File, FromRawFd, io};
+    use std::ffi::CString;
+
+    pub(super) fn create(name: &str) -> io::Result<File> {
+        let name = CString::new(name).map_err(io::Error::other)?;
+        // SAFETY: `name` is a valid C string for the call, and the result is checked; a
+        // descriptor that comes back is ours alone.
+        unsafe {
+            let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(File::from_raw_fd(fd))
+        }
+    }
+}
+
+/// A range of the buffer shadow: whole pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShadowRange {
+    /// First byte, a multiple of the page size.
+    pub offset: u32,
+    /// Pages.
+    pub pages: u32,
+}
+
+/// Hands out the pages of a buffer shadow, first fit from where the last search ended.
+pub struct ShadowAllocator {
+    /// One bit a page, set while in use.
+    used: Vec<u64>,
+    pages: u32,
+    free: u32,
+    next: u32,
+}
+
+impl ShadowAllocator {
+    /// For a shadow of `len` bytes; a last page that is not whole is left unused.
+    pub fn new(len: u32) -> Self {
+        let pages = len / PAGE_SIZE as u32;
+        Self {
+            used: vec![0; pages.div_ceil(64) as usize],
+            pages,
+            free: pages,
+            next: 0,
+        }
+    }
+
+    /// A contiguous range for `len` bytes, or none if there is none now. An empty range costs
+    /// nothing.
+    pub fn allocate(&mut self, len: u32) -> Option<ShadowRange> {
+        let wanted = len.div_ceil(PAGE_SIZE as u32);
+        if wanted == 0 {
+            return Some(ShadowRange::default());
+        }
+        if wanted > self.free {
+            return None;
+        }
+        let start = self
+            .search(self.next, self.pages, wanted)
+            .or_else(|| self.search(0, self.pages.min(self.next + wanted), wanted))?;
+        for page in start..start + wanted {
+            self.set(page, true);
+        }
+        self.free -= wanted;
+        self.next = start + wanted;
+        Some(ShadowRange {
+            offset: start * PAGE_SIZE as u32,
+            pages: wanted,
+        })
+    }
+
+    /// Takes a range back.
+    pub fn release(&mut self, range: ShadowRange) {
+        let start = range.offset / PAGE_SIZE as u32;
+        for page in start..start + range.pages {
+            self.set(page, false);
+        }
+        self.free += range.pages;
+    }
+
+    /// How many pages are free.
+    pub fn free_pages(&self) -> u32 {
+        self.free
+    }
+
+    fn search(&self, from: u32, to: u32, wanted: u32) -> Option<u32> {
+        let mut start = from;
+        let mut page = from;
+        while page < to {
+            if page % 64 == 0 && self.used[page as usize / 64] == u64::MAX {
+                page += 64;
+                start = page;
+            } else if self.is_used(page) {
+                page += 1;
+                start = page;
+            } else {
+                page += 1;
+                if page - start == wanted {
+                    return Some(start);
+                }
+            }
+        }
+        None
+    }
+
+    fn is_used(&self, page: u32) -> bool {
+        self.used[page as usize / 64] >> (page % 64) & 1 == 1
+    }
+
+    fn set(&mut self, page: u32, used: bool) {
+        let bit = 1 << (page % 64);
+        let word = &mut self.used[page as usize / 64];
+        if used {
+            *word |= bit;
+        } else {
+            *word &= !bit;
+        }
+    }
+}

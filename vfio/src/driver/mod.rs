@@ -1,0 +1,501 @@
+//! A small NVMe host driver on top of any [`Function`].
+//!
+//! It is for tools and tests, and for a device server that wants to know what it exports: it
+//! looks for completions on the calling thread, with a deadline for everything. It trusts the
+//! function no more than it has to; whatever the function does, calls end with an error at
+//! worst.
+//!
+//! `memory` is the DMA memory, `queue` the rings, `commands` has the common commands as
+//! methods, and this file the controller's registers and the way of one command.
+
+#![forbid(unsafe_code)]
+
+mod commands;
+mod memory;
+mod queue;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::poll::PollContext;
+
+pub use commands::{NamespaceShape, Prps, block_command};
+pub use memory::{DmaBuffer, DmaMemory};
+use queue::QueuePair;
+
+use crate::function::{Function, FunctionError, InterruptKind, Iova, RegionIndex};
+use crate::nvme::{
+    CompletionEntry, DOORBELL_BASE, PAGE_SIZE, Status, SubmissionEntry, cap, cc, csts, reg,
+};
+
+/// How often the queues are looked at when no interrupt comes.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// Command register: memory space and bus master (PCI 3.0 §6.2.2).
+const COMMAND_OFFSET: u16 = 4;
+const COMMAND_BITS: u16 = 1 << 2 | 1 << 1;
+/// Entries of the admin queues.
+const ADMIN_ENTRIES: u16 = 32;
+
+/// Why the driver could not do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// The function refused an access.
+    #[error("the function refused an access")]
+    Function(#[from] FunctionError),
+    /// Nothing happened for too long.
+    #[error("{what} took longer than {limit:?}")]
+    Timeout {
+        /// What was waited for, as a noun phrase.
+        what: String,
+        /// For how long.
+        limit: Duration,
+    },
+    /// A command failed.
+    #[error("command {opcode:#04x} failed with status {:#06x}", status.0)]
+    Command {
+        /// Its opcode.
+        opcode: u8,
+        /// Its status.
+        status: Status,
+    },
+    /// `CSTS.CFS` is set: only a reset helps.
+    #[error("the controller is in fatal status (CSTS {csts:#x})")]
+    Fatal {
+        /// The status register.
+        csts: u32,
+    },
+    /// The controller cannot be driven by this driver.
+    #[error("the controller cannot be used: {0}")]
+    Unusable(&'static str),
+    /// The function broke the protocol.
+    #[error("the controller completed command {cid} of queue {queue}, which is not outstanding")]
+    Stray {
+        /// The queue.
+        queue: u16,
+        /// The command identifier.
+        cid: u16,
+    },
+    /// The queue holds as many commands as it can.
+    #[error("queue {0} is full")]
+    QueueFull(u16),
+    /// There is no such queue, or there is one already.
+    #[error("queue {0} does not exist, or exists already")]
+    NoQueue(u16),
+    /// The DMA memory is used up.
+    #[error("no {0} bytes of DMA memory are left")]
+    OutOfMemory(usize),
+    /// An access outside of a buffer.
+    #[error("{len} bytes at {at:#x} lie outside of a buffer of {size:#x} bytes")]
+    OutOfBounds {
+        /// First byte of the access.
+        at: usize,
+        /// Its length in bytes.
+        len: usize,
+        /// Size of the buffer in bytes.
+        size: usize,
+    },
+    /// The operating system refused.
+    #[error("{what} failed")]
+    Io {
+        /// What was tried, as a noun phrase.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl DriverError {
+    /// The status of the command, if it was a command that failed.
+    pub fn status(&self) -> Option<Status> {
+        match self {
+            Self::Command { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+}
+
+/// What a driver needs to be told.
+#[derive(Clone, Copy, Debug)]
+pub struct DriverConfig {
+    /// Where the function is to see the DMA memory.
+    pub iova: Iova,
+    /// How much DMA memory there is, in bytes; a multiple of 4096.
+    pub memory: usize,
+    /// How long any one thing may take.
+    pub timeout: Duration,
+}
+
+impl Default for DriverConfig {
+    fn default() -> Self {
+        Self {
+            iova: Iova(0x1_0000_0000),
+            memory: 8 << 20,
+            timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A host driver for one NVMe controller.
+///
+/// Dropping it disables the controller and takes its memory back.
+pub struct NvmeDriver<F: Function + ?Sized> {
+    function: Arc<F>,
+    timeout: Duration,
+    memory: DmaMemory,
+    /// By queue id; 0 is the admin pair. Empty while the controller is disabled.
+    queues: BTreeMap<u16, QueuePair>,
+    events: Vec<Arc<EventFd>>,
+    doorbell_stride: u64,
+}
+
+impl<F: Function + ?Sized> NvmeDriver<F> {
+    /// Takes hold of the function: memory space and bus mastering on, an eventfd for each of
+    /// up to 64 MSI-X vectors, DMA memory mapped. The controller stays as it is.
+    pub fn new(function: Arc<F>, config: DriverConfig) -> Result<Self, DriverError> {
+        let mut command = [0; 2];
+        function.config_read(COMMAND_OFFSET, &mut command)?;
+        let command = u16::from_le_bytes(command) | COMMAND_BITS;
+        function.config_write(COMMAND_OFFSET, &command.to_le_bytes())?;
+        let vectors = function.info().interrupts.msix.min(64);
+        let events = (0..vectors)
+            .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(|source| DriverError::Io {
+                what: "making an eventfd",
+                source,
+            })?;
+        let listeners: Vec<_> = events.iter().cloned().map(Some).collect();
+        if !listeners.is_empty() {
+            function.set_interrupts(InterruptKind::Msix, 0, &listeners)?;
+        }
+        let memory = DmaMemory::new(config.iova, config.memory)?;
+        function.map_dma(&memory.window())?;
+        let mut driver = Self {
+            function,
+            timeout: config.timeout,
+            memory,
+            queues: BTreeMap::new(),
+            events,
+            doorbell_stride: 4,
+        };
+        let capabilities = driver.read64(reg::CAP)?;
+        driver.doorbell_stride = 4 << ((capabilities & cap::DSTRD_MASK) >> cap::DSTRD_SHIFT);
+        Ok(driver)
+    }
+
+    /// The function that is driven.
+    pub fn function(&self) -> &Arc<F> {
+        &self.function
+    }
+
+    /// The DMA memory.
+    pub fn memory(&mut self) -> &mut DmaMemory {
+        &mut self.memory
+    }
+
+    /// The eventfd of an interrupt vector.
+    pub fn event(&self, vector: u16) -> Option<&Arc<EventFd>> {
+        self.events.get(usize::from(vector))
+    }
+
+    /// Reads a register of 32 bits.
+    pub fn read32(&self, offset: u64) -> Result<u32, DriverError> {
+        let mut bytes = [0; 4];
+        self.function
+            .region_read(RegionIndex::BAR0, offset, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// Reads a register of 64 bits.
+    pub fn read64(&self, offset: u64) -> Result<u64, DriverError> {
+        let mut bytes = [0; 8];
+        self.function
+            .region_read(RegionIndex::BAR0, offset, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Writes a register of 32 bits.
+    pub fn write32(&self, offset: u64, value: u32) -> Result<(), DriverError> {
+        Ok(self
+            .function
+            .region_write(RegionIndex::BAR0, offset, &value.to_le_bytes())?)
+    }
+
+    /// Writes a register of 64 bits.
+    pub fn write64(&self, offset: u64, value: u64) -> Result<(), DriverError> {
+        Ok(self
+            .function
+            .region_write(RegionIndex::BAR0, offset, &value.to_le_bytes())?)
+    }
+
+    /// Writes a doorbell: the tail of a submission queue.
+    pub fn ring_sq(&self, queue: u16, tail: u32) -> Result<(), DriverError> {
+        self.write32(self.doorbell(u64::from(queue) * 2), tail)
+    }
+
+    /// Writes a doorbell: the head of a completion queue.
+    pub fn ring_cq(&self, queue: u16, head: u32) -> Result<(), DriverError> {
+        self.write32(self.doorbell(u64::from(queue) * 2 + 1), head)
+    }
+
+    fn doorbell(&self, index: u64) -> u64 {
+        DOORBELL_BASE + index * self.doorbell_stride
+    }
+
+    /// Disables the controller if it is enabled, sets up the admin queues, and enables it
+    /// (NVMe 1.4 §7.6.1).
+    pub fn enable(&mut self) -> Result<(), DriverError> {
+        self.disable()?;
+        let capabilities = self.read64(reg::CAP)?;
+        if capabilities & cap::CSS_NVM == 0 {
+            return Err(DriverError::Unusable(
+                "it does not have the NVM command set",
+            ));
+        }
+        if capabilities & cap::MPSMIN_MASK != 0 {
+            return Err(DriverError::Unusable("it does not do pages of 4 KiB"));
+        }
+        let pair = QueuePair::new(&mut self.memory, 0, ADMIN_ENTRIES, Some(0))?;
+        let entries = u32::from(ADMIN_ENTRIES) - 1;
+        self.write32(reg::AQA, entries | entries << 16)?;
+        self.write64(reg::ASQ, pair.sq_iova())?;
+        self.write64(reg::ACQ, pair.cq_iova())?;
+        self.queues.insert(0, pair);
+        let sizes = 6 << cc::IOSQES_SHIFT | 4 << cc::IOCQES_SHIFT;
+        self.write32(reg::CC, sizes | cc::EN)?;
+        self.await_status("enabling the controller", csts::RDY, csts::RDY)
+    }
+
+    /// Disables the controller and waits until it is. All queues go.
+    pub fn disable(&mut self) -> Result<(), DriverError> {
+        let configuration = self.read32(reg::CC)?;
+        self.write32(reg::CC, configuration & !(cc::EN | cc::SHN_MASK))?;
+        let deadline = Deadline::after(self.timeout);
+        while self.read32(reg::CSTS)? & csts::RDY != 0 {
+            deadline.pause("disabling the controller")?;
+        }
+        for pair in std::mem::take(&mut self.queues).into_values() {
+            pair.free(&mut self.memory);
+        }
+        Ok(())
+    }
+
+    /// Shuts the controller down in order (NVMe 1.4 §7.6.2). It has to be enabled anew.
+    pub fn shutdown(&mut self) -> Result<(), DriverError> {
+        let configuration = self.read32(reg::CC)? & !cc::SHN_MASK;
+        self.write32(reg::CC, configuration | 1 << cc::SHN_MASK.trailing_zeros())?;
+        self.await_status("shutting down", csts::SHST_MASK, csts::SHST_COMPLETE)
+    }
+
+    /// Waits until the bits in `mask` of `CSTS` are `bits`.
+    fn await_status(&self, what: &str, mask: u32, bits: u32) -> Result<(), DriverError> {
+        let deadline = Deadline::after(self.timeout);
+        loop {
+            let csts = self.read32(reg::CSTS)?;
+            if csts & csts::CFS != 0 {
+                return Err(DriverError::Fatal { csts });
+            }
+            if csts & mask == bits {
+                return Ok(());
+            }
+            deadline.pause(what)?;
+        }
+    }
+
+    /// Puts a command into a queue and rings its doorbell; returns the identifier that it was
+    /// given.
+    pub fn submit(&mut self, queue: u16, command: SubmissionEntry) -> Result<u16, DriverError> {
+        let cid = self.enqueue(queue, command)?;
+        let tail = self.pair(queue)?.tail();
+        self.ring_sq(queue, u32::from(tail))?;
+        Ok(cid)
+    }
+
+    /// As [`Self::submit`], without the doorbell.
+    pub fn enqueue(&mut self, queue: u16, command: SubmissionEntry) -> Result<u16, DriverError> {
+        let pair = self
+            .queues
+            .get_mut(&queue)
+            .ok_or(DriverError::NoQueue(queue))?;
+        pair.push(&self.memory, command)
+    }
+
+    /// Where the tail of a submission queue is: the value for its doorbell.
+    pub fn tail(&self, queue: u16) -> Result<u16, DriverError> {
+        Ok(self.pair(queue)?.tail())
+    }
+
+    /// Takes the next completion of a queue, if there is one, and gives its entry back.
+    pub fn poll(&mut self, queue: u16) -> Result<Option<CompletionEntry>, DriverError> {
+        let pair = self
+            .queues
+            .get_mut(&queue)
+            .ok_or(DriverError::NoQueue(queue))?;
+        if let Some(entry) = pair.take_set_aside(None) {
+            return Ok(Some(entry));
+        }
+        self.poll_ring(queue)
+    }
+
+    fn poll_ring(&mut self, queue: u16) -> Result<Option<CompletionEntry>, DriverError> {
+        let pair = self
+            .queues
+            .get_mut(&queue)
+            .ok_or(DriverError::NoQueue(queue))?;
+        let Some(entry) = pair.pop(&self.memory)? else {
+            return Ok(None);
+        };
+        let head = pair.head();
+        self.ring_cq(queue, u32::from(head))?;
+        Ok(Some(entry))
+    }
+
+    /// Waits for the completion of one command; those of others are kept for later.
+    pub fn wait(&mut self, queue: u16, cid: u16) -> Result<CompletionEntry, DriverError> {
+        let deadline = Deadline::after(self.timeout);
+        loop {
+            let pair = self
+                .queues
+                .get_mut(&queue)
+                .ok_or(DriverError::NoQueue(queue))?;
+            if let Some(entry) = pair.take_set_aside(Some(cid)) {
+                return Ok(entry);
+            }
+            let vector = pair.vector();
+            match self.poll_ring(queue)? {
+                Some(entry) if entry.cid == cid => return Ok(entry),
+                Some(entry) => {
+                    if let Some(pair) = self.queues.get_mut(&queue) {
+                        pair.set_aside(entry);
+                    }
+                }
+                None => {
+                    let csts = self.read32(reg::CSTS)?;
+                    if csts & csts::CFS != 0 {
+                        return Err(DriverError::Fatal { csts });
+                    }
+                    deadline.check("a command")?;
+                    self.wait_event(vector, POLL_INTERVAL)?;
+                }
+            }
+        }
+    }
+
+    /// Waits for an interrupt, at most this long; returns whether there was one.
+    pub fn wait_interrupt(&self, vector: u16, limit: Duration) -> Result<bool, DriverError> {
+        self.wait_event(Some(vector), limit)
+    }
+
+    fn wait_event(&self, vector: Option<u16>, limit: Duration) -> Result<bool, DriverError> {
+        let event = vector.and_then(|vector| self.events.get(usize::from(vector)));
+        let Some(event) = event else {
+            std::thread::sleep(limit.min(Duration::from_micros(100)));
+            return Ok(false);
+        };
+        let fail = |source| DriverError::Io {
+            what: "waiting for an interrupt",
+            source,
+        };
+        let poll: PollContext<u32> = PollContext::new().map_err(|e| fail(e.into()))?;
+        poll.add(&**event, 0).map_err(|e| fail(e.into()))?;
+        let signalled = poll
+            .wait_timeout(limit)
+            .map_err(|e| fail(e.into()))?
+            .iter()
+            .count()
+            > 0;
+        // Takes the events, which are as many as there were interrupts.
+        Ok(signalled && event.read().is_ok())
+    }
+
+    /// Carries out a command of any outcome.
+    pub fn execute(
+        &mut self,
+        queue: u16,
+        command: SubmissionEntry,
+    ) -> Result<CompletionEntry, DriverError> {
+        let cid = self.submit(queue, command)?;
+        self.wait(queue, cid)
+    }
+
+    /// Carries out a command that must succeed; returns its result.
+    pub fn command(&mut self, queue: u16, command: SubmissionEntry) -> Result<u64, DriverError> {
+        let entry = self.execute(queue, command)?;
+        if entry.status.is_success() {
+            return Ok(entry.result);
+        }
+        Err(DriverError::Command {
+            opcode: command.opcode(),
+            status: entry.status,
+        })
+    }
+
+    fn pair(&self, queue: u16) -> Result<&QueuePair, DriverError> {
+        self.queues.get(&queue).ok_or(DriverError::NoQueue(queue))
+    }
+
+    /// Resets the function and sets what a reset clears in its Command register. All queues
+    /// go.
+    pub fn reset(&mut self) -> Result<(), DriverError> {
+        self.function.reset()?;
+        self.function
+            .config_write(COMMAND_OFFSET, &COMMAND_BITS.to_le_bytes())?;
+        for pair in std::mem::take(&mut self.queues).into_values() {
+            pair.free(&mut self.memory);
+        }
+        Ok(())
+    }
+}
+
+impl<F: Function + ?Sized> Drop for NvmeDriver<F> {
+    fn drop(&mut self) {
+        if let Err(error) = self.disable() {
+            log::debug!("the controller was not disabled: {error}");
+        }
+        let window = self.memory.window();
+        if let Err(error) = self.function.unmap_dma(window.iova, window.len as u64) {
+            log::debug!("the driver's DMA memory was not unmapped: {error}");
+        }
+    }
+}
+
+/// A point in time by which something must have happened.
+struct Deadline {
+    limit: Duration,
+    start: Instant,
+}
+
+impl Deadline {
+    fn after(limit: Duration) -> Self {
+        Self {
+            limit,
+            start: Instant::now(),
+        }
+    }
+
+    fn check(&self, what: &str) -> Result<(), DriverError> {
+        if self.start.elapsed() < self.limit {
+            return Ok(());
+        }
+        Err(DriverError::Timeout {
+            what: what.to_owned(),
+            limit: self.limit,
+        })
+    }
+
+    /// Checks, and waits a little.
+    fn pause(&self, what: &str) -> Result<(), DriverError> {
+        self.check(what)?;
+        std::thread::sleep(Duration::from_micros(200));
+        Ok(())
+    }
+}
+
+/// Number of pages that `len` bytes take.
+fn pages(len: usize) -> usize {
+    len.div_ceil(PAGE_SIZE)
+}

@@ -1,0 +1,18 @@
+//! Where PCIe functions come from.
+//!
+//! A [`Function`] is one PCIe function: configuration space, BARs, interrupts, DMA and
+//! reset. This crate defines that seam ([`function`]), the terms of the NVMe specification
+//! that several crates share ([`nvme`]), and the sources of functions. It is the *local*
+//! transport and knows nothing of networks.
+
+pub mod config;
+pub mod driver;
+pub mod function;
+pub mod nvme;
+pub mod soft_nvme;
+pub mod user;
+
+pub use function::{
+    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind,
+    Iova, RegionIndex, RegionInfo,
+};

@@ -1,0 +1,92 @@
+//! The JSON that the two ends exchange in `VFIO_USER_VERSION`.
+
+use serde::{Deserialize, Serialize};
+
+use super::wire::WireError;
+
+/// The longest version data that is read, in bytes. VMMs send about 200.
+pub const MAX_VERSION_DATA: usize = 16 << 10;
+
+/// What an end can do (specification, `VFIO_USER_VERSION`). An absent member has the
+/// specification's default. Members that are not listed here, such as `migration` and
+/// `twin_socket`, are ignored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// File descriptors that the sender takes in one message; 1 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_msg_fds: Option<u64>,
+    /// The most data in one read or write, in bytes; 1 MiB when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_data_xfer_size: Option<u64>,
+    /// DMA windows at once; 65535 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_dma_maps: Option<u64>,
+    /// Page sizes for DMA windows, or'ed together; 4096 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pgsizes: Option<u64>,
+    /// Whether `VFIO_USER_REGION_WRITE_MULTI` is understood; false when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write_multiple: Option<bool>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct VersionData {
+    #[serde(default)]
+    capabilities: Capabilities,
+}
+
+impl Capabilities {
+    /// What both ends can do: the members of `self` that `proposed` has too. The reply's
+    /// "capability list must be a subset of those proposed".
+    pub fn answer_to(&self, proposed: &Self) -> Self {
+        Self {
+            max_msg_fds: self.max_msg_fds.filter(|_| proposed.max_msg_fds.is_some()),
+            max_data_xfer_size: self
+                .max_data_xfer_size
+                .filter(|_| proposed.max_data_xfer_size.is_some()),
+            max_dma_maps: self
+                .max_dma_maps
+                .filter(|_| proposed.max_dma_maps.is_some()),
+            pgsizes: self.pgsizes.filter(|_| proposed.pgsizes.is_some()),
+            write_multiple: self
+                .write_multiple
+                .filter(|_| proposed.write_multiple.is_some()),
+        }
+    }
+
+    /// Reads version data: nothing at all, or JSON that ends in a NUL byte.
+    pub fn decode(data: &[u8]) -> Result<Self, WireError> {
+        let Some((last, json)) = data.split_last() else {
+            return Ok(Self::default());
+        };
+        if data.len() > MAX_VERSION_DATA {
+            return Err(WireError::BadVersionData(format!(
+                "it has {} bytes, and at most {MAX_VERSION_DATA} are read",
+                data.len()
+            )));
+        }
+        if *last != 0 {
+            return Err(WireError::BadVersionData(format!(
+                "its last byte is {last:#04x} and not NUL"
+            )));
+        }
+        if json.is_empty() {
+            return Ok(Self::default());
+        }
+        serde_json::from_slice::<VersionData>(json)
+            .map(|data| data.capabilities)
+            .map_err(|error| WireError::BadVersionData(error.to_string()))
+    }
+
+    /// Writes version data, the final NUL byte included.
+    pub fn encode(&self) -> Vec<u8> {
+        // A struct of numbers and booleans always serialises; the empty object is what a
+        // reader would take a missing one for.
+        let mut bytes = serde_json::to_vec(&VersionData {
+            capabilities: *self,
+        })
+        .unwrap_or_else(|_| b"{}".to_vec());
+        bytes.push(0);
+        bytes
+    }
+}
