@@ -29,6 +29,9 @@ use crate::tools::kernel::{Kernel, command_line};
 /// QEMU connects within milliseconds of its start, unless a device of its command line waits for a server.
 const CONNECT_SECS: u64 = 30;
 
+/// Where the firmware's own messages go, in the machine's directory.
+pub(crate) const FIRMWARE_LOG: &str = "firmware.log";
+
 /// A QEMU that gives up closes its sockets a moment before it ends.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -303,6 +306,12 @@ impl MachineBuilder {
                     .args(["-append", &command_line(&self.parameters)]);
             }
             Boot::Firmware(firmware) => {
+                // SeaBIOS tells this port what it finds and does.
+                let log = scratch.join(FIRMWARE_LOG);
+                command
+                    .arg("-chardev")
+                    .arg(format!("file,id=firmware,path={}", log.display()))
+                    .args(["-device", "isa-debugcon,iobase=0x402,chardev=firmware"]);
                 for argument in flash(&tools.firmware(firmware)?, scratch)? {
                     command.arg(argument);
                 }

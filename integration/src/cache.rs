@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{Access, FlockOperation, access, flock};
 
 use crate::error::{IoContext, Result};
 
@@ -25,23 +25,32 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Opens the cache: `$FARBUS_CACHE`, or `/var/cache/farbus`.
+    /// Opens the cache: `$FARBUS_CACHE`, or `/var/cache/farbus`, or `~/.cache/farbus` for a user who
+    /// may not write there.
     ///
     /// # Errors
     /// When the directory cannot be made.
     pub fn open() -> Result<Self> {
-        let root =
-            std::env::var_os(CACHE_ENV).map_or_else(|| PathBuf::from(DEFAULT), PathBuf::from);
-        Self::at(&root)
+        if let Some(named) = std::env::var_os(CACHE_ENV) {
+            return Self::at(Path::new(&named));
+        }
+        let everyones = Self::at(Path::new(DEFAULT));
+        match (everyones, std::env::var_os("HOME")) {
+            (Ok(cache), _) => Ok(cache),
+            (Err(_), Some(home)) => Self::at(&Path::new(&home).join(".cache/farbus")),
+            (Err(error), None) => Err(error),
+        }
     }
 
     /// Opens a cache in a given directory.
     ///
     /// # Errors
-    /// When the directory cannot be made.
+    /// When the directory cannot be made, or not be written to.
     pub fn at(root: &Path) -> Result<Self> {
         fs::create_dir_all(root)
             .context(|| format!("making cache directory {}", root.display()))?;
+        access(root, Access::WRITE_OK)
+            .context(|| format!("writing to cache directory {}", root.display()))?;
         Ok(Self {
             root: root.to_owned(),
             built: AtomicBool::new(false),

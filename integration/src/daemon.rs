@@ -13,6 +13,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, IoContext, Result};
 use crate::process::{Kill, ORDERLY_END, Process, describe_status, mortal_command, tail};
 use crate::procfs::Proc;
+use crate::report;
 use crate::scratch::Scratch;
 
 /// Environment variable that names the directory of the built programs.
@@ -155,7 +156,7 @@ impl Daemon {
         match self.lines.recv_timeout(deadline.remaining()) {
             Ok(line) => Ok(line),
             Err(RecvTimeoutError::Timeout) => {
-                self.scratch.keep();
+                report::note_failure();
                 let what = format!("a line from {}", self.process.name());
                 Err(deadline.missed_with(what, &self.stderr_tail()))
             }
@@ -213,7 +214,7 @@ impl Daemon {
         let status = self
             .process
             .wait(ORDERLY_END.into())
-            .inspect_err(|_| self.scratch.keep())?;
+            .inspect_err(|_| report::note_failure())?;
         if status.code() == Some(0) {
             Ok(())
         } else {
@@ -243,7 +244,7 @@ impl Daemon {
     }
 
     fn ended(&self, status: ExitStatus, expected: &str) -> Error {
-        self.scratch.keep();
+        report::note_failure();
         Error::DaemonExited {
             daemon: self.process.name().to_owned(),
             status: describe_status(status),
@@ -255,7 +256,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if report::has_failed() {
             eprintln!(
                 "=== end of {}'s stderr ===\n{}",
                 self.process.name(),

@@ -1,13 +1,10 @@
 //! The demonstration that a newcomer runs: a guest uses a drive that lives behind another process.
 //!
-//! The programs run with the arguments that the documentation gives for them, and the output is
-//! what a person would look at: the guest's own view of the drive, a file written and verified, and
-//! how fast it was.
+//! The programs run as an operator starts them, and the output is what a person would look at: the
+//! guest's own view of the drive, files written and verified, and how fast it was.
 
-use std::path::Path;
-
+use crate::attached::AttachedDrive;
 use crate::builder::MachineBuilder;
-use crate::daemon::Daemon;
 use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::guest::Guest;
@@ -58,48 +55,11 @@ pub fn run(emulated: bool) -> Result<()> {
         let disk = scratch.disk("disk.img", 1 << 30)?;
         return show(&machine.emulated_nvme("disk0", &disk), &tools);
     }
-    let (server, agent, socket) = start_daemons(&scratch)?;
-    show(&machine.vfio_user("disk0", &socket), &tools)?;
-    agent.terminate()?;
-    server.terminate()
-}
-
-/// The two programs, with a drive of 1 GiB between them.
-fn start_daemons(scratch: &Scratch) -> Result<(Daemon, Daemon, std::path::PathBuf)> {
-    let path = |path: &Path| path.display().to_string();
-    let drive = format!("path={},size=1GiB", path(&scratch.join("disk.img")));
-    let server = Daemon::start(
-        "farbus-device-server",
-        &[
-            "export",
-            "--soft-nvme",
-            &drive,
-            "--name",
-            "disk0",
-            "--listen",
-            "127.0.0.1:0",
-        ],
-    )?;
-    println!("device server: {}", server.ready());
-    let address = server
-        .ready_value("listen")
-        .unwrap_or("127.0.0.1:7420")
-        .to_owned();
-    let socket = scratch.join("disk0.sock");
-    let agent = Daemon::start(
-        "farbus-compute-agent",
-        &[
-            "attach",
-            "--from",
-            &address,
-            "--export",
-            "disk0",
-            "--vfio-user",
-            &path(&socket),
-        ],
-    )?;
-    println!("compute agent: {}", agent.ready());
-    Ok((server, agent, socket))
+    let drive = AttachedDrive::start(&scratch, "size=1GiB")?;
+    println!("device server: {}", drive.server.ready());
+    println!("compute agent: {}", drive.agent.ready());
+    show(&machine.vfio_user("disk0", &drive.socket), &tools)?;
+    drive.end()
 }
 
 fn show(builder: &MachineBuilder, tools: &Tools) -> Result<()> {

@@ -26,6 +26,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod attached;
 pub mod builder;
 pub mod cache;
 pub mod daemon;

@@ -6,14 +6,15 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::builder::FIRMWARE_LOG;
 use crate::deadline::Deadline;
 use crate::error::{Error, Result};
 use crate::guest::Guest;
 use crate::process::{ORDERLY_END, Process, describe_status, tail};
 use crate::qmp::Qmp;
+use crate::report;
 use crate::scratch::Scratch;
 use crate::terminal::{Heard, Terminal, find};
 
@@ -24,7 +25,6 @@ pub(crate) struct Vm {
     process: Mutex<Process>,
     terminal: Terminal,
     stderr: PathBuf,
-    failed: AtomicBool,
     scratch: Scratch,
 }
 
@@ -40,7 +40,6 @@ impl Vm {
             process: Mutex::new(process),
             terminal,
             stderr,
-            failed: AtomicBool::new(false),
             scratch,
         }
     }
@@ -55,7 +54,7 @@ impl Vm {
 
     /// Notes that something went wrong, so that the logs are kept.
     pub(crate) fn failed(&self, error: Error) -> Error {
-        self.failed.store(true, Ordering::Relaxed);
+        report::note_failure();
         error
     }
 
@@ -125,14 +124,17 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        if self.failed.load(Ordering::Relaxed) || std::thread::panicking() {
-            self.scratch.keep();
+        if report::has_failed() {
             eprintln!(
                 "=== machine '{}': end of the console ===\n{}\n=== what QEMU said ===\n{}",
                 self.name,
                 self.console_tail(),
                 self.stderr_tail()
             );
+            if let Ok(said) = std::fs::read(self.scratch.join(FIRMWARE_LOG)) {
+                let said = tail(&String::from_utf8_lossy(&said), 30);
+                eprintln!("=== what the firmware said ===\n{said}");
+            }
         }
     }
 }
@@ -200,11 +202,6 @@ impl Machine {
             .wait(&format!("'{text}' on the console"), deadline, |heard| {
                 find(&heard.console, text.as_bytes()).map(drop)
             })
-    }
-
-    /// Says that the failure was what the test wanted to see: no logs are kept for it.
-    pub fn failure_was_expected(&self) {
-        self.vm.failed.store(false, Ordering::Relaxed);
     }
 
     /// An error unless QEMU is still running.

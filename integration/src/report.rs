@@ -4,6 +4,7 @@
 //! breaks. A test that cannot run on this machine says so with [`skip!`](crate::skip), and is
 //! counted as skipped, not as passed.
 
+use std::cell::Cell;
 use std::error::Error as StdError;
 use std::fmt;
 use std::fs::OpenOptions;
@@ -35,6 +36,27 @@ impl fmt::Debug for Failure {
         }
         Ok(())
     }
+}
+
+thread_local! {
+    /// Whether the test of this thread has seen a failure. The harness gives each test a thread.
+    static FAILED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Notes that the test of this thread will fail: what it drops from now on leaves its logs.
+pub fn note_failure() {
+    FAILED.set(true);
+}
+
+/// Says that the failure so far was what the test wanted to see: no logs are kept for it.
+pub fn failure_was_expected() {
+    FAILED.set(false);
+}
+
+/// Whether the test of this thread has failed.
+#[must_use]
+pub fn has_failed() -> bool {
+    FAILED.get() || std::thread::panicking()
 }
 
 /// Ends a test that cannot run here, with the reason (as for `format!`).

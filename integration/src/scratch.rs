@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::error::{IoContext, Result};
+use crate::report;
 
 /// Environment variable: a directory that receives the scratch directories of failed tests.
 pub const LOG_ENV: &str = "FARBUS_LOG_DIR";
@@ -72,7 +73,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let failed = self.keep.load(Ordering::Relaxed) || std::thread::panicking();
+        let failed = self.keep.load(Ordering::Relaxed) || report::has_failed();
         if !failed {
             // Nothing is lost but disk space when this fails.
             let _ = fs::remove_dir_all(&self.path);

@@ -8,6 +8,7 @@ pub mod firmware;
 pub mod image;
 pub mod initramfs;
 pub mod kernel;
+pub mod mbr;
 pub mod packages;
 pub mod qemu;
 pub mod sources;

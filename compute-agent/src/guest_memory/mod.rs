@@ -8,7 +8,7 @@
 //!
 //! A VMM may do three things that would hurt this process, and each is caught here: map
 //! beyond the end of a file ([`MapError::BeyondEnd`]), truncate a file under us
-//! ([`sigbus`]), and send a file that it maps privately itself, so that its guest and we
+//! (see `sigbus.rs`), and send a file that it maps privately itself, so that its guest and we
 //! would see different memory ([`MapError::NotShared`]).
 
 mod file;

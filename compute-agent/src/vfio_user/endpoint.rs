@@ -49,10 +49,14 @@ pub struct Endpoint {
     /// guest memory that broke.
     wake: Arc<EventFd>,
     client: Option<Connection>,
+    /// Messages of the client wait for their turn, which comes with `wake`.
+    has_backlog: bool,
     turned_away: Vec<TurnedAway>,
     turned_away_during_client: u64,
     /// The listener is not watched, since nothing can be accepted until the client leaves.
     is_listener_paused: bool,
+    /// The last attempt to accept failed, and that was logged.
+    is_accept_failing: bool,
     is_shut_down: bool,
 }
 
@@ -72,9 +76,11 @@ impl Endpoint {
             function,
             wake: Arc::new(wake),
             client: None,
+            has_backlog: false,
             turned_away: Vec::new(),
             turned_away_during_client: 0,
             is_listener_paused: false,
+            is_accept_failing: false,
             is_shut_down: false,
         })
     }
@@ -112,15 +118,19 @@ impl Endpoint {
                 return;
             }
         }
-        match self.listener.accept() {
+        let accepted = self.listener.accept();
+        let was_failing = std::mem::replace(&mut self.is_accept_failing, accepted.is_err());
+        match accepted {
             Ok(Some(stream)) if self.client.is_some() => self.turn_away(stream, ops),
             Ok(Some(stream)) => self.take_client(stream, ops),
             Ok(None) => {}
             Err(error) => {
-                error!(
-                    "vfio-user {}: cannot accept a connection: {error}",
-                    self.name
-                );
+                if !was_failing {
+                    error!(
+                        "vfio-user {}: cannot accept a connection: {error}",
+                        self.name
+                    );
+                }
                 // Most likely no descriptor is free. The listener would wake us up again at
                 // once; it is left alone until the client gives back what it has.
                 if self.client.is_some() {
@@ -152,6 +162,7 @@ impl Endpoint {
         let session = Session::new(self.function.clone(), &self.name, peer, self.wake.clone());
         self.client = Some(Connection::new(stream, session));
         self.turned_away_during_client = 0;
+        self.has_backlog = false;
         // Its first request is most likely there already.
         self.serve_client(ops);
     }
@@ -181,7 +192,8 @@ impl Endpoint {
             let events = Events::new(client.stream(), EventSet::IN | out);
             log_failure(&self.name, ops.modify(events));
         }
-        if left == Left::Messages {
+        self.has_backlog = left == Left::Messages;
+        if self.has_backlog {
             // A full counter means that we are to be woken up anyway.
             let _ = self.wake.write(1);
         }
@@ -274,7 +286,11 @@ impl MutEventSubscriber for Endpoint {
             .as_ref()
             .is_some_and(|client| client.stream().as_raw_fd() == fd)
         {
-            self.serve_client(ops);
+            // With a backlog, the client's turn has been set; another one in the same round
+            // of the event loop would be at the expense of others.
+            if !self.has_backlog {
+                self.serve_client(ops);
+            }
         } else {
             self.on_turned_away(fd, ops);
         }

@@ -195,7 +195,7 @@ mod tests {
     proptest! {
         #[test]
         fn messages_come_out_as_they_went_in_however_the_stream_is_cut(
-            bodies in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..5000), 1..20),
+            bodies in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..5000), 1..8),
             cuts in proptest::collection::vec(1usize..7000, 1..50),
         ) {
             let stream: Vec<u8> =

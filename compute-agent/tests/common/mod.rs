@@ -1,6 +1,12 @@
 //! A function that records what is done to it, an endpoint that serves it in a thread of its
 //! own, and a client that sends whatever bytes a test wants.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    dead_code,
+    unused_imports,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic
+)]
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
@@ -14,7 +20,8 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
 use farbus_compute_agent::vfio_user::Endpoint;
-use farbus_vfio::user::body::{DmaMap, Version};
+use farbus_vfio::user::body::{DmaMap, IrqAction, IrqData, SetIrqs, Version};
+use farbus_vfio::user::event::borrow;
 use farbus_vfio::user::{Client, Command, Header};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind,
@@ -26,19 +33,19 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempdir::TempDir;
 
 /// How long a test waits for what must happen.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
-pub const BAR0_SIZE: u64 = 0x4000;
-pub const ROM_SIZE: u64 = 0x1000;
-pub const MSIX: u32 = 40;
+pub(crate) const BAR0_SIZE: u64 = 0x4000;
+pub(crate) const ROM_SIZE: u64 = 0x1000;
+pub(crate) const MSIX: u32 = 40;
 
 /// A write of an IOVA here makes the function write [`DMA_MARK`] to that address.
-pub const DMA_DOORBELL: u64 = 0x3ff8;
-pub const DMA_MARK: u64 = 0x5555_aaaa_1234_fedc;
+pub(crate) const DMA_DOORBELL: u64 = 0x3ff8;
+pub(crate) const DMA_MARK: u64 = 0x5555_aaaa_1234_fedc;
 
 /// What was done to the function.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Call {
+pub(crate) enum Call {
     ConfigWrite(u16, Vec<u8>),
     RegionWrite(u8, u64, Vec<u8>),
     Map(u64, usize, DmaAccess),
@@ -49,19 +56,19 @@ pub enum Call {
     Reset,
 }
 
-pub struct TestFunction {
+pub(crate) struct TestFunction {
     info: FunctionInfo,
     config: Mutex<Vec<u8>>,
     bar: Mutex<Vec<u8>>,
-    pub windows: Mutex<BTreeMap<u64, DmaWindow>>,
-    pub events: Mutex<BTreeMap<(InterruptKind, u32), Arc<EventFd>>>,
+    pub(crate) windows: Mutex<BTreeMap<u64, DmaWindow>>,
+    pub(crate) events: Mutex<BTreeMap<(InterruptKind, u32), Arc<EventFd>>>,
     calls: Mutex<Vec<Call>>,
     /// How long each register write takes.
-    pub write_takes: Mutex<Duration>,
+    pub(crate) write_takes: Mutex<Duration>,
 }
 
 impl TestFunction {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let config = (0..4096).map(|at| (at % 251) as u8).collect();
         Self {
             info: FunctionInfo {
@@ -95,11 +102,11 @@ impl TestFunction {
     }
 
     /// What was done since the last time.
-    pub fn take_calls(&self) -> Vec<Call> {
+    pub(crate) fn take_calls(&self) -> Vec<Call> {
         std::mem::take(&mut self.calls.lock().unwrap())
     }
 
-    pub fn calls(&self) -> Vec<Call> {
+    pub(crate) fn calls(&self) -> Vec<Call> {
         self.calls.lock().unwrap().clone()
     }
 
@@ -108,14 +115,14 @@ impl TestFunction {
     }
 
     /// Raises an interrupt.
-    pub fn fire(&self, kind: InterruptKind, vector: u32) {
+    pub(crate) fn fire(&self, kind: InterruptKind, vector: u32) {
         self.events.lock().unwrap()[&(kind, vector)]
             .write(1)
             .unwrap();
     }
 
     /// Writes to memory as the device.
-    pub fn dma_write(&self, iova: u64, value: u64) {
+    pub(crate) fn dma_write(&self, iova: u64, value: u64) {
         let windows = self.windows.lock().unwrap();
         let (start, window) = windows.range(..=iova).next_back().expect("no window there");
         assert!(
@@ -217,16 +224,16 @@ impl Function for TestFunction {
 }
 
 /// An endpoint in an event loop in a thread.
-pub struct Server {
-    pub function: Arc<TestFunction>,
-    pub path: PathBuf,
+pub(crate) struct Server {
+    pub(crate) function: Arc<TestFunction>,
+    pub(crate) path: PathBuf,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     _directory: TempDir,
 }
 
 impl Server {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("fn.sock");
         let function = Arc::new(TestFunction::new());
@@ -253,7 +260,7 @@ impl Server {
     }
 
     /// Shuts the endpoint down in order.
-    pub fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
         self.thread
             .take()
@@ -261,23 +268,23 @@ impl Server {
             .expect("the server panicked");
     }
 
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         connected(&self.path)
     }
 
-    pub fn raw(&self) -> Raw {
+    pub(crate) fn raw(&self) -> Raw {
         Raw::connect(&self.path)
     }
 
     /// A connection that is past its handshake.
-    pub fn greeted(&self) -> Raw {
+    pub(crate) fn greeted(&self) -> Raw {
         let mut raw = self.raw();
         raw.hello();
         raw
     }
 
     /// Asserts that the server still does what it should for a client that behaves.
-    pub fn assert_serves(&self) {
+    pub(crate) fn assert_serves(&self) {
         let mut client = self.client();
         let mut data = [0; 8];
         client.region_write(0, 0x1000, &7u64.to_ne_bytes()).unwrap();
@@ -289,7 +296,7 @@ impl Server {
     }
 
     /// Waits until what was done to the function fulfils `condition`.
-    pub fn wait_for(&self, condition: impl Fn(&[Call]) -> bool) {
+    pub(crate) fn wait_for(&self, condition: impl Fn(&[Call]) -> bool) {
         let end = Instant::now() + PATIENCE;
         while !condition(&self.function.calls()) {
             assert!(
@@ -310,7 +317,7 @@ impl Drop for Server {
 
 /// Connects and shakes hands; while the end of the client before is still being worked on,
 /// the server says that it is busy.
-pub fn connected(path: &Path) -> Client {
+pub(crate) fn connected(path: &Path) -> Client {
     let end = Instant::now() + PATIENCE;
     loop {
         match Client::connect(path, PATIENCE) {
@@ -322,26 +329,26 @@ pub fn connected(path: &Path) -> Client {
 }
 
 /// A reply's header and body.
-pub type Answer = (Header, Vec<u8>);
+pub(crate) type Answer = (Header, Vec<u8>);
 
 /// A client that sends any bytes.
-pub struct Raw {
-    pub stream: UnixStream,
+pub(crate) struct Raw {
+    pub(crate) stream: UnixStream,
 }
 
 impl Raw {
-    pub fn connect(path: &Path) -> Self {
+    pub(crate) fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         Self { stream }
     }
 
-    pub fn send(&mut self, bytes: &[u8]) {
+    pub(crate) fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
     }
 
-    pub fn send_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    pub(crate) fn send_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         assert_eq!(
             self.stream.send_with_fds(&[bytes], &fds).unwrap(),
@@ -349,14 +356,14 @@ impl Raw {
         );
     }
 
-    pub fn hello(&mut self) {
+    pub(crate) fn hello(&mut self) {
         self.send(&hello());
         let (header, _) = self.reply();
         assert!(!header.is_error(), "{header:?}");
     }
 
     /// The next reply.
-    pub fn reply(&mut self) -> Answer {
+    pub(crate) fn reply(&mut self) -> Answer {
         let mut head = [0; 16];
         self.stream.read_exact(&mut head).expect("no reply");
         let header = Header::decode(&head);
@@ -366,25 +373,25 @@ impl Raw {
     }
 
     /// Sends a message and returns its reply.
-    pub fn ask(&mut self, bytes: &[u8]) -> Answer {
+    pub(crate) fn ask(&mut self, bytes: &[u8]) -> Answer {
         self.send(bytes);
         self.reply()
     }
 
     /// The errno of the next reply, which must be an error; it has no body.
-    pub fn errno(&mut self) -> i32 {
+    pub(crate) fn errno(&mut self) -> i32 {
         let (header, body) = self.reply();
         assert!(header.is_error() && body.is_empty(), "{header:?}");
         header.error as i32
     }
 
-    pub fn ask_errno(&mut self, bytes: &[u8]) -> i32 {
+    pub(crate) fn ask_errno(&mut self, bytes: &[u8]) -> i32 {
         self.send(bytes);
         self.errno()
     }
 
     /// Asserts that the connection is past what went wrong, and in step.
-    pub fn assert_in_step(&mut self) {
+    pub(crate) fn assert_in_step(&mut self) {
         let read = message(
             0x7777,
             Command::RegionRead as u16,
@@ -399,7 +406,7 @@ impl Raw {
     }
 
     /// Asserts that the server closes the connection, with nothing more to read.
-    pub fn assert_closed(&mut self) {
+    pub(crate) fn assert_closed(&mut self) {
         let mut rest = Vec::new();
         match self.stream.read_to_end(&mut rest) {
             Ok(_) => assert_eq!(rest, [0u8; 0]),
@@ -409,7 +416,7 @@ impl Raw {
 }
 
 /// A message with a header of its own making.
-pub fn message(id: u16, command: u16, flags: u32, body: &[u8]) -> Vec<u8> {
+pub(crate) fn message(id: u16, command: u16, flags: u32, body: &[u8]) -> Vec<u8> {
     let header = Header {
         id,
         command,
@@ -420,17 +427,17 @@ pub fn message(id: u16, command: u16, flags: u32, body: &[u8]) -> Vec<u8> {
     [&header.encode()[..], body].concat()
 }
 
-pub fn command(command: Command, body: &[u8]) -> Vec<u8> {
+pub(crate) fn command(command: Command, body: &[u8]) -> Vec<u8> {
     message(1, command as u16, 0, body)
 }
 
-pub fn hello() -> Vec<u8> {
+pub(crate) fn hello() -> Vec<u8> {
     let version = Version { major: 0, minor: 1 };
     let data = b"{\"capabilities\":{\"max_msg_fds\":1}}\0";
     command(Command::Version, &[&version.encode()[..], data].concat())
 }
 
-pub fn region_access(region: u32, offset: u64, count: u32) -> [u8; 16] {
+pub(crate) fn region_access(region: u32, offset: u64, count: u32) -> [u8; 16] {
     farbus_vfio::user::body::RegionAccess {
         offset,
         region,
@@ -439,7 +446,7 @@ pub fn region_access(region: u32, offset: u64, count: u32) -> [u8; 16] {
     .encode()
 }
 
-pub fn dma_map(address: u64, size: u64, offset: u64, flags: u32) -> Vec<u8> {
+pub(crate) fn dma_map(address: u64, size: u64, offset: u64, flags: u32) -> Vec<u8> {
     command(
         Command::DmaMap,
         &DmaMap {
@@ -453,23 +460,36 @@ pub fn dma_map(address: u64, size: u64, offset: u64, flags: u32) -> Vec<u8> {
     )
 }
 
-pub fn memfd(size: u64) -> OwnedFd {
+pub(crate) fn memfd(size: u64) -> OwnedFd {
     let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, size).unwrap();
     fd
 }
 
 /// Reads 8 bytes of a file, as the guest would see them.
-pub fn peek(file: &OwnedFd, offset: u64) -> u64 {
+pub(crate) fn peek(file: &OwnedFd, offset: u64) -> u64 {
     let mut bytes = [0; 8];
     rustix::io::pread(file, &mut bytes, offset).unwrap();
     u64::from_ne_bytes(bytes)
 }
 
-pub fn eventfd() -> EventFd {
+pub(crate) fn eventfd() -> EventFd {
     EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap()
 }
 
-pub fn fds<T: AsFd>(owners: &[T]) -> Vec<BorrowedFd<'_>> {
+pub(crate) fn fds<T: AsFd>(owners: &[T]) -> Vec<BorrowedFd<'_>> {
     owners.iter().map(AsFd::as_fd).collect()
+}
+
+/// Sets MSI-X eventfds from vector `start` on.
+pub(crate) fn set_vectors(client: &mut Client, start: u32, events: &[EventFd]) {
+    let fds: Vec<_> = events.iter().map(borrow).collect();
+    let request = SetIrqs {
+        index: 2,
+        start,
+        count: events.len() as u32,
+        action: IrqAction::Trigger,
+        data: IrqData::EventFd,
+    };
+    client.set_irqs(&request, &fds).unwrap();
 }

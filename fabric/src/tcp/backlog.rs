@@ -193,3 +193,53 @@ impl Backlog {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_piece_that_the_end_of_the_ring_divides_is_sent_whole() {
+        const LEN: usize = HEADER_LEN + 30_000;
+        let bytes = |frame: u8| [vec![frame; HEADER_LEN], vec![frame ^ 0x80; 30_000]].concat();
+        let push = |backlog: &mut Backlog, frame: u8| {
+            let bytes = bytes(frame);
+            let parts = Parts {
+                header: bytes.first_chunk().unwrap(),
+                control: &bytes[HEADER_LEN..],
+                payload: &[],
+                payload_len: 0,
+            };
+            backlog.check_room(&parts).unwrap();
+            backlog.push(&parts, 0);
+        };
+        let mut backlog = Backlog::new();
+        (0..8).for_each(|frame| push(&mut backlog, frame));
+        backlog.consume(8 * LEN - 1000, |_| {});
+        push(&mut backlog, 8);
+        push(&mut backlog, 9);
+        let before_end = backlog.control.as_slices().0.len();
+        assert!(
+            (1001..1000 + LEN).contains(&before_end),
+            "frame 8 is divided"
+        );
+
+        let (one, mut other) = UnixStream::pair().unwrap();
+        let mut gather = Gather::new();
+        backlog.gather(&mut gather).unwrap();
+        let sent = gather.send(one.as_fd()).unwrap().unwrap();
+        let mut left = 0;
+        backlog.consume(sent, |_| left += 1);
+
+        assert_eq!((sent, left), (1000 + 2 * LEN, 3));
+        assert!(backlog.is_empty());
+        let mut arrived = vec![0; sent];
+        other.read_exact(&mut arrived).unwrap();
+        let expected = [&bytes(7)[LEN - 1000..], &bytes(8), &bytes(9)].concat();
+        assert!(arrived == expected);
+    }
+}

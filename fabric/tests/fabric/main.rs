@@ -7,10 +7,13 @@
     reason = "helpers of tests may fail a test"
 )]
 
+mod congestion;
 mod hostile;
 mod link;
+mod revoke;
 mod session;
 mod stream;
 mod support;
 mod wire;
 mod wire_hostile;
+mod wire_values;

@@ -202,3 +202,53 @@ pub(crate) fn write_and_close(mut socket: TcpStream, bytes: Vec<u8>) {
         socket.write_all(&bytes).unwrap_or_default();
     });
 }
+
+/// Sends a completion with this data.
+pub(crate) fn send_completion(
+    link: &mut dyn Link,
+    tag: u16,
+    payload: &[Span],
+) -> Result<(), FabricError> {
+    let batch = completion(tag, payload.iter().map(|span| span.len).sum());
+    link.send(&Frame {
+        header: batch.header(),
+        control: batch.control(),
+        payload,
+        remote: &[],
+    })
+}
+
+/// A sink that lands payloads where it is told to, and may object.
+pub(crate) struct Target {
+    pub(crate) spans: Vec<Span>,
+    pub(crate) objection: bool,
+    pub(crate) delivered: usize,
+}
+
+impl Sink for Target {
+    fn land(
+        &mut self,
+        _header: &Header,
+        _control: &[u8],
+        spans: &mut Vec<Span>,
+    ) -> Result<(), FabricError> {
+        spans.extend(self.spans.iter().cloned());
+        Ok(())
+    }
+
+    fn deliver(&mut self, _header: &Header, _control: &[u8]) -> Result<(), FabricError> {
+        self.delivered += 1;
+        if self.objection {
+            return Err(FabricError::violation("tag 1 is not outstanding"));
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn target(spans: Vec<Span>) -> Target {
+    Target {
+        spans,
+        objection: false,
+        delivered: 0,
+    }
+}

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::support::{completion, message_bytes};
-use super::wire::{any_commands, any_completions, any_message, complete_of, submit_of};
+use super::wire_values::{any_commands, any_completions, any_message, complete_of, submit_of};
 
 fn header(kind: Kind, count: u16, control_len: u32, payload_len: u32) -> Header {
     Header {

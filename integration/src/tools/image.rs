@@ -12,26 +12,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::kernel::{KernelFiles, command_line};
+use super::mbr::{self, boot_record};
 use super::tree::Tree;
 use crate::cache::Cache;
 use crate::error::{Error, IoContext, Result};
 use crate::process::run_tool;
 
-const SECTOR: u64 = 512;
+const SECTOR: u64 = mbr::SECTOR as u64;
 /// Where the partition begins, as everywhere: at 1 MiB.
 const START: u64 = (1 << 20) / SECTOR;
 /// FAT32 needs at least 65525 clusters, so a partition below about 34 MiB would be FAT16.
 const SIZE: u64 = 96 << 20;
 
-/// MBR: boot code, then four partition entries at this offset, then the signature.
-const ENTRIES: usize = 446;
-const ACTIVE: u8 = 0x80;
-const EFI_SYSTEM: u8 = 0xef;
-const SIGNATURE: [u8; 2] = [0x55, 0xaa];
-
 const SYSLINUX: &str = "usr/bin/syslinux";
 const MTOOLS: &str = "usr/bin/mtools";
-const MBR_CODE: &str = "usr/lib/SYSLINUX/mbr.bin";
 const SYSTEMD_BOOT: &str = "usr/lib/systemd/boot/efi/systemd-bootx64.efi";
 
 /// Makes (once) the image that boots `kernel` with `initramfs`. Copy it before use.
@@ -45,9 +39,10 @@ pub fn boot_image(
     initramfs: &Path,
 ) -> Result<PathBuf> {
     let recipe = format!(
-        "v1 {} {} {SIZE} {}",
+        "v2 {} {} {SIZE} {:?} {}",
         tree.root().display(),
         initramfs.display(),
+        boot_record(0, 0),
         command_line(&[]),
     );
     let entry = cache.entry(&format!("bootdisk-{}", kernel.release), &recipe, |dir| {
@@ -118,28 +113,9 @@ impl Maker<'_> {
             .env("PATH", self.path());
         run_tool(&mut syslinux)?;
         image.seek(SeekFrom::Start(0)).context(writing)?;
-        image.write_all(&self.boot_record()?).context(writing)
-    }
-
-    fn boot_record(&self) -> Result<[u8; 512]> {
-        let path = self.tree.file(MBR_CODE)?;
-        let code = fs::read(&path).context(|| format!("reading {}", path.display()))?;
-        let mut record = [0; 512];
-        let room = record
-            .get_mut(..code.len().min(ENTRIES))
-            .unwrap_or_default();
-        room.copy_from_slice(&code[..room.len()]);
-        let entry = &mut record[ENTRIES..ENTRIES + 16];
-        entry[0] = ACTIVE;
-        entry[4] = EFI_SYSTEM;
-        // Cylinders, heads and sectors (bytes 1-3, 5-7) stay "out of range": all use the block numbers.
-        entry[1..4].fill(0xff);
-        entry[5..8].fill(0xff);
-        let block = |number: u64| u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes();
-        entry[8..12].copy_from_slice(&block(START));
-        entry[12..16].copy_from_slice(&block(SIZE / SECTOR - START));
-        record[510..].copy_from_slice(&SIGNATURE);
-        Ok(record)
+        let block = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        let record = boot_record(block(START), block(SIZE / SECTOR - START));
+        image.write_all(&record).context(writing)
     }
 
     fn copy(&self, from: &Path, to: &str) -> Result<()> {

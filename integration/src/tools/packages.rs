@@ -70,6 +70,8 @@ impl AptRoot {
         fs::write(root.join("sources.list"), lines.join("\n") + "\n")
             .context(|| "writing sources.list of an apt root".into())?;
         fs::write(root.join("status"), "").context(|| "writing status of an apt root".into())?;
+        fs::write(root.join("apt.conf"), configuration(&root))
+            .context(|| "writing apt.conf of an apt root".into())?;
         let apt = Self {
             root,
             target: suite.target,
@@ -130,36 +132,45 @@ impl AptRoot {
     }
 
     /// An apt program that sees this root only.
-    ///
-    /// The options follow on the command line, after the system's configuration, so that its proxies
-    /// and certificates stay in force.
     fn command(&self, program: &str) -> Command {
-        let path = |name: &str| self.root.join(name).display().to_string();
         let mut command = Command::new(program);
-        for option in [
-            format!("Dir::Etc::sourcelist={}", path("sources.list")),
-            "Dir::Etc::sourceparts=/dev/null".into(),
-            "Dir::Etc::preferences=/dev/null".into(),
-            "Dir::Etc::preferencesparts=/dev/null".into(),
-            format!("Dir::State={}", path("state")),
-            format!("Dir::State::status={}", path("status")),
-            format!("Dir::Cache={}", path("cache")),
-            format!("Dir::Cache::archives={}", path("cache/archives")),
-            "APT::Architecture=amd64".into(),
-            "APT::Architectures=amd64".into(),
-            "APT::Sandbox::User=root".into(),
-            "APT::Update::Error-Mode=any".into(),
-            "APT::Get::List-Cleanup=false".into(),
-            "Acquire::Languages=none".into(),
-            "Acquire::GzipIndexes=true".into(),
-            "Acquire::Retries=3".into(),
-            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".into(),
-        ] {
-            command.arg("-o").arg(option);
-        }
-        command.env("LC_ALL", "C.UTF-8");
+        command
+            .arg("-c")
+            .arg(self.root.join("apt.conf"))
+            .env("LC_ALL", "C.UTF-8");
         command
     }
+}
+
+/// The configuration of an apt root. As it is named on the command line it is read last, so that the
+/// system's proxies and certificates stay in force.
+fn configuration(root: &Path) -> String {
+    let path = |name: &str| root.join(name).display().to_string();
+    let options = [
+        ("Dir::Etc::sourcelist", path("sources.list")),
+        ("Dir::Etc::sourceparts", "/dev/null".into()),
+        ("Dir::Etc::preferences", "/dev/null".into()),
+        ("Dir::Etc::preferencesparts", "/dev/null".into()),
+        ("Dir::State", path("state")),
+        ("Dir::State::status", path("status")),
+        ("Dir::Cache", path("cache")),
+        ("Dir::Cache::archives", path("cache/archives")),
+        ("APT::Architecture", "amd64".into()),
+        ("APT::Architectures", "amd64".into()),
+        ("APT::Sandbox::User", "root".into()),
+        ("APT::Update::Error-Mode", "any".into()),
+        ("Acquire::Languages", "none".into()),
+        ("Acquire::GzipIndexes", "true".into()),
+        ("Acquire::Retries", "3".into()),
+        (
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled",
+            "false".into(),
+        ),
+    ];
+    options
+        .iter()
+        .map(|(name, value)| format!("{name} \"{value}\";\n"))
+        .collect()
 }
 
 /// Runs `work` with the apt root of `suite`, which no other process uses meanwhile.

@@ -36,15 +36,15 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
     /// Makes the PRPs for `len` bytes of a buffer, from `at` on (NVMe 1.4 §4.3). Give them
     /// back with [`Self::free_prps`] once the command is done.
     pub fn prps(&mut self, buffer: DmaBuffer, at: usize, len: usize) -> Result<Prps, DriverError> {
-        if at.checked_add(len).is_none_or(|end| end > buffer.len) {
+        if at.checked_add(len).is_none_or(|end| end > buffer.size()) {
             return Err(DriverError::OutOfBounds {
                 at,
                 len,
-                size: buffer.len,
+                size: buffer.size(),
             });
         }
-        let prp1 = buffer.iova.0 + at as u64;
-        let first = PAGE_SIZE - at % PAGE_SIZE;
+        let prp1 = buffer.iova().0 + at as u64;
+        let first = PAGE_SIZE - (prp1 % PAGE_SIZE as u64) as usize;
         let second = prp1 + first as u64;
         let rest = pages(len.saturating_sub(first));
         if rest < 2 {
@@ -56,7 +56,7 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
             });
         }
         let list = self.memory.allocate(rest * 8)?;
-        if list.len > PAGE_SIZE {
+        if list.size() > PAGE_SIZE {
             self.memory.free(list);
             return Err(DriverError::OutOfBounds {
                 at,
@@ -70,7 +70,7 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
         }
         Ok(Prps {
             prp1,
-            prp2: list.iova.0,
+            prp2: list.iova().0,
             list: Some(list),
         })
     }

@@ -17,10 +17,20 @@ use crate::nvme::PAGE_SIZE;
 /// A part of a [`DmaMemory`], in whole pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaBuffer {
-    /// Where the function sees it.
-    pub iova: Iova,
-    /// Its length in bytes.
-    pub len: usize,
+    iova: Iova,
+    size: usize,
+}
+
+impl DmaBuffer {
+    /// Where the function sees it; a multiple of 4096.
+    pub fn iova(&self) -> Iova {
+        self.iova
+    }
+
+    /// Its size in bytes, a multiple of 4096: at least what was asked for.
+    pub fn size(&self) -> usize {
+        self.size
+    }
 }
 
 /// Memory that a function reads and writes.
@@ -70,14 +80,14 @@ impl DmaMemory {
                     .is_some_and(|run| !run.contains(&true))
             })
             .ok_or(DriverError::OutOfMemory(len))?;
-        let len = count * PAGE_SIZE;
+        let size = count * PAGE_SIZE;
         let at = first * PAGE_SIZE;
         let buffer = DmaBuffer {
             iova: Iova(self.iova.0 + at as u64),
-            len,
+            size,
         };
         self.mark(buffer, true);
-        self.write(buffer, 0, &vec![0; len])?;
+        self.write(buffer, 0, &vec![0; size])?;
         Ok(buffer)
     }
 
@@ -88,7 +98,7 @@ impl DmaMemory {
 
     fn mark(&mut self, buffer: DmaBuffer, used: bool) {
         let first = buffer.iova.0.wrapping_sub(self.iova.0) as usize / PAGE_SIZE;
-        for page in self.used.iter_mut().skip(first).take(pages(buffer.len)) {
+        for page in self.used.iter_mut().skip(first).take(pages(buffer.size)) {
             *page = used;
         }
     }
@@ -115,7 +125,7 @@ impl DmaMemory {
                 .map_err(|_| DriverError::OutOfBounds {
                     at,
                     len: 8,
-                    size: buffer.len,
+                    size: buffer.size,
                 })?;
         Ok(u64::from_le(quadword))
     }
@@ -129,9 +139,9 @@ impl DmaMemory {
         let error = DriverError::OutOfBounds {
             at,
             len,
-            size: buffer.len,
+            size: buffer.size,
         };
-        if at.checked_add(len).is_none_or(|end| end > buffer.len) {
+        if at.checked_add(len).is_none_or(|end| end > buffer.size) {
             return Err(error);
         }
         let start = buffer.iova.0.wrapping_sub(self.iova.0) as usize;
@@ -139,5 +149,48 @@ impl DmaMemory {
         start
             .and_then(|start| self.region.get_slice(start, len).ok())
             .ok_or(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> DmaMemory {
+        DmaMemory::new(Iova(0x10_0000), 4 * PAGE_SIZE).unwrap()
+    }
+
+    #[test]
+    fn pages_are_given_out_once_and_zeroed_when_given_again() {
+        let mut memory = memory();
+        let first = memory.allocate(1).unwrap();
+        let second = memory.allocate(PAGE_SIZE + 1).unwrap();
+        assert_eq!((first.iova().0, first.size()), (0x10_0000, PAGE_SIZE));
+        assert_eq!((second.iova().0, second.size()), (0x10_1000, 2 * PAGE_SIZE));
+        assert!(matches!(
+            memory.allocate(2 * PAGE_SIZE),
+            Err(DriverError::OutOfMemory(_))
+        ));
+        memory.write(first, 0, &[7; PAGE_SIZE]).unwrap();
+        memory.free(first);
+        let again = memory.allocate(PAGE_SIZE).unwrap();
+        assert_eq!(again, first);
+        let mut bytes = [1; PAGE_SIZE];
+        memory.read(again, 0, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; PAGE_SIZE]);
+    }
+
+    #[test]
+    fn accesses_outside_of_a_buffer_are_refused() {
+        let mut memory = memory();
+        let buffer = memory.allocate(PAGE_SIZE).unwrap();
+        assert!(memory.write(buffer, PAGE_SIZE - 1, &[0]).is_ok());
+        assert!(memory.write(buffer, PAGE_SIZE - 1, &[0; 2]).is_err());
+        assert!(memory.read(buffer, usize::MAX, &mut [0; 2]).is_err());
+        // A buffer of other memory.
+        let mut elsewhere = DmaMemory::new(Iova(0x80_0000), PAGE_SIZE).unwrap();
+        let foreign = elsewhere.allocate(PAGE_SIZE).unwrap();
+        assert!(memory.read(foreign, 0, &mut [0; 1]).is_err());
+        memory.free(foreign);
     }
 }

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod commands;
+mod error;
 mod memory;
 mod queue;
 
@@ -23,13 +24,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::poll::PollContext;
 
 pub use commands::{NamespaceShape, Prps, block_command};
+pub use error::DriverError;
 pub use memory::{DmaBuffer, DmaMemory};
 use queue::QueuePair;
 
-use crate::function::{Function, FunctionError, InterruptKind, Iova, RegionIndex};
-use crate::nvme::{
-    CompletionEntry, DOORBELL_BASE, PAGE_SIZE, Status, SubmissionEntry, cap, cc, csts, reg,
-};
+use crate::function::{Function, InterruptKind, Iova, RegionIndex};
+use crate::nvme::{CompletionEntry, DOORBELL_BASE, PAGE_SIZE, SubmissionEntry, cap, cc, csts, reg};
 
 /// How often the queues are looked at when no interrupt comes.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -38,85 +38,6 @@ const COMMAND_OFFSET: u16 = 4;
 const COMMAND_BITS: u16 = 1 << 2 | 1 << 1;
 /// Entries of the admin queues.
 const ADMIN_ENTRIES: u16 = 32;
-
-/// Why the driver could not do what it was asked to.
-#[derive(Debug, thiserror::Error)]
-pub enum DriverError {
-    /// The function refused an access.
-    #[error("the function refused an access")]
-    Function(#[from] FunctionError),
-    /// Nothing happened for too long.
-    #[error("{what} took longer than {limit:?}")]
-    Timeout {
-        /// What was waited for, as a noun phrase.
-        what: String,
-        /// For how long.
-        limit: Duration,
-    },
-    /// A command failed.
-    #[error("command {opcode:#04x} failed with status {:#06x}", status.0)]
-    Command {
-        /// Its opcode.
-        opcode: u8,
-        /// Its status.
-        status: Status,
-    },
-    /// `CSTS.CFS` is set: only a reset helps.
-    #[error("the controller is in fatal status (CSTS {csts:#x})")]
-    Fatal {
-        /// The status register.
-        csts: u32,
-    },
-    /// The controller cannot be driven by this driver.
-    #[error("the controller cannot be used: {0}")]
-    Unusable(&'static str),
-    /// The function broke the protocol.
-    #[error("the controller completed command {cid} of queue {queue}, which is not outstanding")]
-    Stray {
-        /// The queue.
-        queue: u16,
-        /// The command identifier.
-        cid: u16,
-    },
-    /// The queue holds as many commands as it can.
-    #[error("queue {0} is full")]
-    QueueFull(u16),
-    /// There is no such queue, or there is one already.
-    #[error("queue {0} does not exist, or exists already")]
-    NoQueue(u16),
-    /// The DMA memory is used up.
-    #[error("no {0} bytes of DMA memory are left")]
-    OutOfMemory(usize),
-    /// An access outside of a buffer.
-    #[error("{len} bytes at {at:#x} lie outside of a buffer of {size:#x} bytes")]
-    OutOfBounds {
-        /// First byte of the access.
-        at: usize,
-        /// Its length in bytes.
-        len: usize,
-        /// Size of the buffer in bytes.
-        size: usize,
-    },
-    /// The operating system refused.
-    #[error("{what} failed")]
-    Io {
-        /// What was tried, as a noun phrase.
-        what: &'static str,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl DriverError {
-    /// The status of the command, if it was a command that failed.
-    pub fn status(&self) -> Option<Status> {
-        match self {
-            Self::Command { status, .. } => Some(*status),
-            _ => None,
-        }
-    }
-}
 
 /// What a driver needs to be told.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +62,7 @@ impl Default for DriverConfig {
 
 /// A host driver for one NVMe controller.
 ///
-/// Dropping it disables the controller and takes its memory back.
+/// Dropping it disables the controller, and takes its memory and eventfds back.
 pub struct NvmeDriver<F: Function + ?Sized> {
     function: Arc<F>,
     timeout: Duration,
@@ -455,6 +376,13 @@ impl<F: Function + ?Sized> Drop for NvmeDriver<F> {
     fn drop(&mut self) {
         if let Err(error) = self.disable() {
             log::debug!("the controller was not disabled: {error}");
+        }
+        let silence = vec![None; self.events.len()];
+        if let Err(error) = self
+            .function
+            .set_interrupts(InterruptKind::Msix, 0, &silence)
+        {
+            log::debug!("the driver's eventfds were not taken back: {error}");
         }
         let window = self.memory.window();
         if let Err(error) = self.function.unmap_dma(window.iova, window.len as u64) {

@@ -53,11 +53,11 @@ impl QueuePair {
     }
 
     pub(super) fn sq_iova(&self) -> u64 {
-        self.sq.iova.0
+        self.sq.iova().0
     }
 
     pub(super) fn cq_iova(&self) -> u64 {
-        self.cq.iova.0
+        self.cq.iova().0
     }
 
     pub(super) fn vector(&self) -> Option<u16> {
@@ -142,5 +142,58 @@ impl QueuePair {
             .iter()
             .position(|e| cid.is_none_or(|cid| e.cid == cid))?;
         Some(self.set_aside.remove(at))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::function::Iova;
+    use crate::nvme::Status;
+
+    fn post(memory: &DmaMemory, pair: &QueuePair, slot: usize, cid: u16, phase: bool) {
+        let entry = CompletionEntry {
+            result: 0,
+            sq_head: 0,
+            sq_id: 1,
+            cid,
+            status: Status::SUCCESS,
+            phase,
+        };
+        for (n, qword) in entry.to_qwords().into_iter().enumerate() {
+            let at = slot * CQE_SIZE + 8 * n;
+            memory.write(pair.cq, at, &qword.to_le_bytes()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_completion_that_nobody_waits_for_is_an_error_and_is_passed_over() {
+        let mut memory = DmaMemory::new(Iova(0), 1 << 16).unwrap();
+        let mut pair = QueuePair::new(&mut memory, 1, 4, None).unwrap();
+        let cid = pair.push(&memory, SubmissionEntry::new(0)).unwrap();
+        post(&memory, &pair, 0, cid ^ 0x5555, true);
+        post(&memory, &pair, 1, cid, true);
+        post(&memory, &pair, 2, cid, true);
+        assert!(matches!(
+            pair.pop(&memory),
+            Err(DriverError::Stray { queue: 1, .. })
+        ));
+        assert_eq!(pair.pop(&memory).unwrap().map(|entry| entry.cid), Some(cid));
+        assert!(
+            matches!(pair.pop(&memory), Err(DriverError::Stray { .. })),
+            "twice"
+        );
+        assert!(pair.pop(&memory).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_queue_takes_one_command_less_than_it_has_entries() {
+        let mut memory = DmaMemory::new(Iova(0), 1 << 16).unwrap();
+        let mut pair = QueuePair::new(&mut memory, 1, 4, None).unwrap();
+        for _ in 0..3 {
+            pair.push(&memory, SubmissionEntry::new(0)).unwrap();
+        }
+        let fourth = pair.push(&memory, SubmissionEntry::new(0));
+        assert!(matches!(fourth, Err(DriverError::QueueFull(1))));
     }
 }

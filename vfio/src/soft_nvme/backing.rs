@@ -1,78 +1,23 @@
 //! The file or block device that holds the namespace's data.
 //!
-//! It is opened once, locked against a second controller, and never resized. Errors of the
-//! operating system become what a drive would answer (NVMe 1.4 §4.6.1.2).
+//! It is never resized. Errors of the operating system become what a drive would answer
+//! (NVMe 1.4 §4.6.1.2).
 
 #![forbid(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 
 use super::dma::Scatter;
-use super::options::SoftNvmeConfig;
 use super::sys::{Direction, TransferError, Vectors};
 use crate::nvme::Status;
 
 /// Zeroes are written in pieces of this many bytes where the file system knows no better way.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-
-/// Why the backing file cannot be used. None is cured by trying again, except
-/// [`BackingError::InUse`].
-#[derive(Debug, thiserror::Error)]
-pub enum BackingError {
-    /// There is no such file, and no size to create it with.
-    #[error("{} does not exist; add size= to create it, such as size=1GiB", .0.display())]
-    Missing(PathBuf),
-    /// The file has another size than the one asked for.
-    #[error(
-        "{} has {actual} bytes, but size= says {wanted}; leave size= out to use it as it is",
-        path.display()
-    )]
-    SizeDiffers {
-        /// The file.
-        path: PathBuf,
-        /// Its size in bytes.
-        actual: u64,
-        /// The size asked for in bytes.
-        wanted: u64,
-    },
-    /// No whole number of blocks.
-    #[error(
-        "{} would have {size} bytes, which is not a multiple (of at least one) of the block \
-         size {block_size}; choose another size= or block-size=",
-        path.display()
-    )]
-    NotWholeBlocks {
-        /// The file.
-        path: PathBuf,
-        /// Its size in bytes.
-        size: u64,
-        /// The block size in bytes.
-        block_size: u32,
-    },
-    /// Something else than a file or a block device.
-    #[error("{} is neither a regular file nor a block device", .0.display())]
-    Kind(PathBuf),
-    /// Another controller has it.
-    #[error("{} is in use by another controller (it is locked)", .0.display())]
-    InUse(PathBuf),
-    /// The operating system refused.
-    #[error("cannot {verb} {}", path.display())]
-    Io {
-        /// What was tried, as a verb.
-        verb: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-}
 
 /// An open backing file.
 #[derive(Debug)]
@@ -90,57 +35,7 @@ pub(super) struct Backing {
 }
 
 impl Backing {
-    /// Opens, or creates, what the configuration names.
-    pub(super) fn open(config: &SoftNvmeConfig) -> Result<Self, BackingError> {
-        let path = &config.path;
-        let fail = |verb| {
-            move |source: io::Error| BackingError::Io {
-                verb,
-                path: path.clone(),
-                source,
-            }
-        };
-        if let Some(size) = config.size {
-            check_blocks(config, size)?;
-        }
-        let file = match open_existing(config) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let size = config
-                    .size
-                    .ok_or_else(|| BackingError::Missing(path.clone()))?;
-                create(config, size).map_err(fail("create"))?
-            }
-            Err(error) => return Err(fail("open")(error)),
-        };
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(BackingError::InUse(path.clone())),
-            Err(error) => return Err(fail("lock")(error.into())),
-        }
-        let kind = file.metadata().map_err(fail("examine"))?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(BackingError::Kind(path.clone()));
-        }
-        // The end of a block device is its size too; its metadata says 0.
-        let len = (&file)
-            .seek(SeekFrom::End(0))
-            .map_err(fail("find the size of"))?;
-        match config.size {
-            Some(wanted) if wanted != len => {
-                let path = path.clone();
-                return Err(BackingError::SizeDiffers {
-                    path,
-                    actual: len,
-                    wanted,
-                });
-            }
-            _ => check_blocks(config, len)?,
-        }
-        Ok(Self::new(file, len, kind.is_block_device()))
-    }
-
-    fn new(file: File, len: u64, block_device: bool) -> Self {
+    pub(super) fn new(file: File, len: u64, block_device: bool) -> Self {
         Self {
             file,
             len,
@@ -323,51 +218,14 @@ impl Backing {
     }
 }
 
-fn check_blocks(config: &SoftNvmeConfig, size: u64) -> Result<(), BackingError> {
-    let block_size = config.block_size;
-    if size == 0 || size % u64::from(block_size) != 0 {
-        let path = config.path.clone();
-        return Err(BackingError::NotWholeBlocks {
-            path,
-            size,
-            block_size,
-        });
-    }
-    Ok(())
-}
-
-fn open_existing(config: &SoftNvmeConfig) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true);
-    let kind = std::fs::metadata(&config.path)?.file_type();
-    // On a block device `O_EXCL` means that no file system has it mounted. `O_NONBLOCK` keeps
-    // the opening of a FIFO from waiting for a writer; it means nothing to the others.
-    let exclusive = if kind.is_block_device() {
-        libc::O_EXCL
-    } else {
-        0
-    };
-    options
-        .custom_flags(exclusive | libc::O_NONBLOCK)
-        .open(&config.path)
-}
-
-/// Creates a sparse file. Never touches one that has appeared in the meantime.
-fn create(config: &SoftNvmeConfig, size: u64) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&config.path)?;
-    if let Err(error) = file.set_len(size) {
-        // An empty file would only be in the way of the next attempt.
-        if let Err(error) = std::fs::remove_file(&config.path) {
-            log::warn!("{} is left behind empty: {error}", config.path.display());
+impl Drop for Backing {
+    fn drop(&mut self) {
+        // Closing alone leaves the lock to a child process that another thread is about to
+        // start, for as long as that child has not come to its `exec`.
+        if let Err(error) = flock(&self.file, FlockOperation::Unlock) {
+            log::debug!("the backing file was not unlocked: {error}");
         }
-        return Err(error);
     }
-    Ok(file)
 }
 
 fn is_full(error: &io::Error) -> bool {
@@ -393,5 +251,107 @@ fn write_status(error: &io::Error) -> Status {
         Status::CAPACITY_EXCEEDED
     } else {
         Status::WRITE_FAULT.with_dnr()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+
+    use super::*;
+
+    /// A file whose first page can neither be read nor written (nobody maps address 0) and
+    /// that cannot be flushed: a stand-in for a dying disk.
+    fn dying() -> Backing {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/proc/self/mem")
+            .unwrap();
+        Backing::new(file, 1 << 20, true)
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_read_gives_media_errors() {
+        let outcome = dying().read_into(0, &mut [0; 512]);
+        assert_eq!(outcome, Err(Status::UNRECOVERED_READ.with_dnr()));
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_written_gives_write_faults() {
+        let backing = dying();
+        assert_eq!(
+            backing.write_zeroes(0, 4096),
+            Err(Status::WRITE_FAULT.with_dnr())
+        );
+        assert_eq!(
+            backing.zero(0, 4096, true),
+            Err(Status::WRITE_FAULT.with_dnr())
+        );
+        assert!(
+            !backing.has_lost_writes(),
+            "each of these was reported to its command"
+        );
+    }
+
+    #[test]
+    fn after_a_failed_flush_no_write_and_no_flush_is_believed_any_more() {
+        let backing = dying();
+        let fault = Err(Status::WRITE_FAULT.with_dnr());
+        assert_eq!(backing.flush(), fault);
+        assert!(backing.has_lost_writes());
+        assert_eq!(backing.flush(), fault);
+        assert_eq!(backing.zero(0, 4096, false), fault);
+        assert_eq!(backing.deallocate(0, 4096), fault);
+        let nothing = Scatter::with_capacity(0);
+        assert_eq!(
+            backing.write(0, &nothing, false, &mut Vectors::with_capacity(0)),
+            fault
+        );
+    }
+
+    #[test]
+    fn errors_become_what_a_drive_would_say() {
+        let full = Status::CAPACITY_EXCEEDED;
+        let fault = Status::WRITE_FAULT.with_dnr();
+        for (errno, expected) in [
+            (libc::ENOSPC, full),
+            (libc::EDQUOT, full),
+            (libc::EFBIG, full),
+            (libc::EIO, fault),
+            (libc::EROFS, fault),
+            (libc::EPERM, fault),
+        ] {
+            assert_eq!(write_status(&io::Error::from_raw_os_error(errno)), expected);
+        }
+        let read = |errno| read_status(&TransferError::Os(io::Error::from_raw_os_error(errno)));
+        assert_eq!(read(libc::EIO), Status::UNRECOVERED_READ.with_dnr());
+        assert_eq!(read(libc::EFAULT), Status::DATA_TRANSFER_ERROR);
+    }
+
+    #[test]
+    fn zeroes_are_written_where_the_file_system_knows_no_better_way() {
+        let directory = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let path = directory.as_path().join("disk.img");
+        std::fs::write(&path, vec![7; 300 << 10]).unwrap();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let backing = Backing::new(file, 300 << 10, false);
+        backing.can_zero_range.store(false, Ordering::Relaxed);
+        backing.can_punch_hole.store(false, Ordering::Relaxed);
+        backing.zero(512, 200 << 10, true).unwrap();
+        backing.deallocate(0, 512).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let end = 512 + (200 << 10);
+        assert!(bytes[512..end].iter().all(|byte| *byte == 0));
+        assert!(
+            bytes[..512]
+                .iter()
+                .chain(&bytes[end..])
+                .all(|byte| *byte == 7)
+        );
     }
 }

@@ -56,6 +56,8 @@ pub(super) struct Controller {
     pub(super) health: Health,
     /// No more commands are fetched: fatal error, or shut down.
     pub(super) halted: AtomicBool,
+    /// Fatal status has been in the log.
+    pub(super) reported_fatal: AtomicBool,
 }
 
 /// What a thread needs to carry out commands, made once.
@@ -225,10 +227,22 @@ impl Controller {
     /// controller reset leads back.
     fn fail(&self, what: &str) {
         if !self.halted.swap(true, Ordering::SeqCst) {
-            log::warn!(
-                "controller fatal status: {what} is not in mapped memory, or bus mastering is off"
-            );
+            self.report_fatal(format_args!(
+                "{what} is not in mapped memory, or bus mastering is off"
+            ));
         }
+    }
+
+    /// Sets fatal status. Whoever drives the controller can bring this about as often as they
+    /// like, so the log at its usual level hears of it once.
+    pub(super) fn report_fatal(&self, why: std::fmt::Arguments<'_>) {
+        let first = !self.reported_fatal.swap(true, Ordering::Relaxed);
+        let level = if first {
+            log::Level::Warn
+        } else {
+            log::Level::Debug
+        };
+        log::log!(level, "controller fatal status: {why}");
         self.front.set_status(csts::CFS, csts::CFS);
     }
 

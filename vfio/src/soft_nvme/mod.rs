@@ -6,8 +6,8 @@
 //! Enable in the Command register before registers answer and DMA works, and again after
 //! [`Function::reset`].
 //!
-//! - [`SoftNvmeConfig`] (`options`) says what it is made of; `backing` is the file and
-//!   `identity` the names that follow from it.
+//! - [`SoftNvmeConfig`] (`options`) says what it is made of; `open` finds the file, `backing`
+//!   is the file, and `identity` has the names that follow from it.
 //! - `front` has the registers, `queues` the rings, `irq` the vectors, `dma` the windows, `prp`
 //!   the way from a command to its data, `sys` the system calls that move it.
 //! - `controller` is what the threads share and how a command lives; `threads` are those that
@@ -31,6 +31,7 @@ mod identify;
 mod identity;
 mod io;
 mod irq;
+mod open;
 mod options;
 mod prp;
 mod queues;
@@ -44,8 +45,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmm_sys_util::eventfd::EventFd;
 
-pub use backing::BackingError;
 pub use identity::{DEVICE, VENDOR};
+pub use open::BackingError;
 pub use options::{DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, OptionError, SoftNvmeConfig};
 
 use crate::config::{BarKind, ConfigEffect, ConfigImage, ConfigSpace, MsixLayout, PowerState};
@@ -100,7 +101,7 @@ impl SoftNvme {
     /// values out of range, this fails; text is better parsed than built by hand.
     pub fn open(config: &SoftNvmeConfig) -> Result<Self, SoftNvmeError> {
         check(config)?;
-        let backing = backing::Backing::open(config)?;
+        let backing = open::open(config)?;
         let vectors = config.queues + 1;
         let bar0 = RegionInfo {
             index: RegionIndex::BAR0,
@@ -149,6 +150,7 @@ impl SoftNvme {
             write_cache: AtomicBool::new(true),
             health: health::Health::new(),
             halted: AtomicBool::new(false),
+            reported_fatal: AtomicBool::new(false),
         });
         let threads = threads::Threads::start(&controller).map_err(SoftNvmeError::Threads)?;
         Ok(Self {

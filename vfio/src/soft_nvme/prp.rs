@@ -212,7 +212,7 @@ mod tests {
                 .skip(1)
                 .all(|(address, _)| *address == 8 * page)
         );
-        assert_eq!(reads, 4);
+        assert_eq!(reads, 3);
     }
 
     #[test]

@@ -111,12 +111,10 @@ fn start(controller: &Controller, enable: Enable) {
     // Pages of 4 KiB, the NVM command set, round robin: all that `CAP` offers.
     let refused = cc::MPS_MASK | cc::CSS_MASK | cc::AMS_MASK;
     if enable.cc & refused != 0 || sq_entries < 2 || cq_entries < 2 {
-        log::warn!(
-            "controller fatal status: it cannot be enabled with CC {:#x} and AQA {:#x}",
-            enable.cc,
-            enable.aqa
-        );
-        controller.front.set_status(csts::CFS, csts::CFS);
+        controller.report_fatal(format_args!(
+            "it cannot be enabled with CC {:#x} and AQA {:#x}",
+            enable.cc, enable.aqa
+        ));
         return;
     }
     let cq = Arc::new(Cq::new(

@@ -1,6 +1,9 @@
 //! The JSON that the two ends exchange in `VFIO_USER_VERSION`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::wire::WireError;
 
@@ -27,12 +30,6 @@ pub struct Capabilities {
     /// Whether `VFIO_USER_REGION_WRITE_MULTI` is understood; false when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub write_multiple: Option<bool>,
-}
-
-#[derive(Default, Serialize, Deserialize)]
-struct VersionData {
-    #[serde(default)]
-    capabilities: Capabilities,
 }
 
 impl Capabilities {
@@ -73,20 +70,31 @@ impl Capabilities {
         if json.is_empty() {
             return Ok(Self::default());
         }
-        serde_json::from_slice::<VersionData>(json)
-            .map(|data| data.capabilities)
-            .map_err(|error| WireError::BadVersionData(error.to_string()))
+        // Deserialised directly, a struct could also be written as an array.
+        let parsed = serde_json::from_slice::<BTreeMap<String, Value>>(json);
+        match parsed.map(|mut data| data.remove("capabilities")) {
+            Ok(None) => Ok(Self::default()),
+            Ok(Some(Value::Object(members))) => {
+                Self::deserialize(Value::Object(members)).map_err(|error| unreadable(&error))
+            }
+            Ok(Some(_)) => Err(WireError::BadVersionData(
+                "its capabilities are not an object".into(),
+            )),
+            Err(error) => Err(unreadable(&error)),
+        }
     }
 
     /// Writes version data, the final NUL byte included.
     pub fn encode(&self) -> Vec<u8> {
         // A struct of numbers and booleans always serialises; the empty object is what a
         // reader would take a missing one for.
-        let mut bytes = serde_json::to_vec(&VersionData {
-            capabilities: *self,
-        })
-        .unwrap_or_else(|_| b"{}".to_vec());
+        let mut bytes = serde_json::to_vec(&BTreeMap::from([("capabilities", self)]))
+            .unwrap_or_else(|_| b"{}".to_vec());
         bytes.push(0);
         bytes
     }
+}
+
+fn unreadable(error: &serde_json::Error) -> WireError {
+    WireError::BadVersionData(error.to_string())
 }

@@ -8,85 +8,18 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::body::{
-    DeviceInfo, DmaMap, DmaTransfer, DmaUnmap, IrqInfo, MultiWrite, RegionAccess, RegionInfo,
-    SetIrqs, UNMAP_ALL, Version, WriteMulti, reply_flag,
+    DeviceInfo, DmaMap, DmaUnmap, IrqInfo, MultiWrite, RegionAccess, RegionInfo, SetIrqs,
+    UNMAP_ALL, Version, WriteMulti, reply_flag,
 };
 use super::caps::Capabilities;
+use super::error::{ClientError, nonsense};
+use super::memory::{DmaMemory, serve_memory};
 use super::socket::{receive_exact, send_all};
 use super::wire::{
     Command, DMA_PAGE, HEADER_LEN, Header, MAX_DATA_XFER, MAX_DMA_MAPS, MAX_MESSAGE, MAX_MSG_FDS,
-    MessageType, VERSION_MAJOR, VERSION_MINOR, WireError,
+    MessageType, VERSION_MAJOR, VERSION_MINOR,
 };
 use crate::Iova;
-
-/// Why a call did not get its answer.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    /// There is no server at the path.
-    #[error("cannot connect to the vfio-user socket {path}; is its server running?")]
-    Connect {
-        /// The socket's path.
-        path: String,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The server answered with an error.
-    #[error("the server refused {command:?} with errno {errno}")]
-    Refused {
-        /// What was asked.
-        command: Command,
-        /// The errno of the reply; 0 when it gave none.
-        errno: u32,
-    },
-    /// No answer came in time.
-    #[error("the server did not answer {command:?} within {after:?}")]
-    TimedOut {
-        /// What was asked.
-        command: Command,
-        /// How long was waited.
-        after: Duration,
-    },
-    /// The server closed the connection.
-    #[error("the server closed the connection before it answered {command:?}")]
-    Closed {
-        /// What was asked.
-        command: Command,
-    },
-    /// The socket failed.
-    #[error("the vfio-user socket failed during {command:?}")]
-    Socket {
-        /// What was asked.
-        command: Command,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// A message from the server cannot be read.
-    #[error("the server's message for {command:?} is malformed")]
-    Malformed {
-        /// What was asked.
-        command: Command,
-        /// What is wrong with it.
-        #[source]
-        source: WireError,
-    },
-    /// A message from the server is well-formed and makes no sense.
-    #[error("the server's answer to {command:?} makes no sense: {why}")]
-    Nonsense {
-        /// What was asked.
-        command: Command,
-        /// What is wrong with it.
-        why: String,
-    },
-}
-
-impl ClientError {
-    /// Whether the connection is of no further use.
-    pub fn is_fatal(&self) -> bool {
-        !matches!(self, Self::Refused { .. })
-    }
-}
 
 /// A reply as it came.
 #[derive(Debug)]
@@ -97,15 +30,6 @@ pub struct Reply {
     pub body: Vec<u8>,
     /// The descriptors that came with it.
     pub fds: Vec<OwnedFd>,
-}
-
-/// Memory that the server reads and writes by messages (`VFIO_USER_DMA_READ` and
-/// `VFIO_USER_DMA_WRITE`), for what was mapped without a file descriptor.
-pub trait DmaMemory: Send {
-    /// Fills `data` from `iova` on, or says with which errno to refuse.
-    fn read(&mut self, iova: Iova, data: &mut [u8]) -> Result<(), i32>;
-    /// Stores `data` from `iova` on, or says with which errno to refuse.
-    fn write(&mut self, iova: Iova, data: &[u8]) -> Result<(), i32>;
 }
 
 /// A connection to a vfio-user server, past its handshake.
@@ -497,36 +421,6 @@ impl Client {
     }
 }
 
-/// Does what a server's command asks of memory; the body of the reply, or an errno.
-fn serve_memory(
-    memory: Option<&mut (dyn DmaMemory + 'static)>,
-    command: u16,
-    body: &[u8],
-) -> Result<Vec<u8>, i32> {
-    let command = Command::from_number(command);
-    if !matches!(command, Some(Command::DmaRead | Command::DmaWrite)) {
-        return Err(libc::ENOTSUP);
-    }
-    let memory = memory.ok_or(libc::ENOTSUP)?;
-    let transfer = DmaTransfer::decode(body).map_err(|_| libc::EINVAL)?;
-    if transfer.count > MAX_DATA_XFER as u64 {
-        return Err(libc::EINVAL);
-    }
-    let mut answer = transfer.encode().to_vec();
-    if command == Some(Command::DmaRead) {
-        answer.resize(DmaTransfer::LEN + transfer.count as usize, 0);
-        let data = answer.get_mut(DmaTransfer::LEN..).unwrap_or_default();
-        memory.read(Iova(transfer.address), data)?;
-    } else {
-        let data = body.get(DmaTransfer::LEN..).unwrap_or_default();
-        if data.len() as u64 != transfer.count {
-            return Err(libc::EINVAL);
-        }
-        memory.write(Iova(transfer.address), data)?;
-    }
-    Ok(answer)
-}
-
 fn region_write_body(region: u32, offset: u64, data: &[u8]) -> Vec<u8> {
     let head = RegionAccess {
         offset,
@@ -534,8 +428,4 @@ fn region_write_body(region: u32, offset: u64, data: &[u8]) -> Vec<u8> {
         count: data.len() as u32,
     };
     [&head.encode()[..], data].concat()
-}
-
-fn nonsense(command: Command, why: String) -> ClientError {
-    ClientError::Nonsense { command, why }
 }

@@ -13,14 +13,20 @@
 pub mod body;
 pub mod caps;
 mod client;
+mod error;
 pub mod event;
 mod function;
+mod memory;
 mod socket;
 pub mod wire;
 
-pub use client::{Client, ClientError, DmaMemory, Reply};
+pub use client::{Client, Reply};
+pub use error::ClientError;
 pub use function::UserFunction;
+pub use memory::DmaMemory;
 pub use wire::{Command, Header, WireError};
 
+#[cfg(test)]
+mod client_tests;
 #[cfg(test)]
 mod tests;

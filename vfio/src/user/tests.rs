@@ -259,6 +259,7 @@ fn garbage_version_data_is_refused() {
     let no_nul = b"{}";
     let not_json = b"hello\0";
     let wrong_type = b"{\"capabilities\":{\"max_msg_fds\":\"many\"}}\0";
+    let array = b"{\"capabilities\":[16]}\0";
     let negative = b"{\"capabilities\":{\"max_msg_fds\":-1}}\0";
     let deep = [vec![b'['; 9000], vec![0]].concat();
     let long = [vec![b' '; 1 << 15], b"{}\0".to_vec()].concat();
@@ -266,6 +267,7 @@ fn garbage_version_data_is_refused() {
         &no_nul[..],
         not_json,
         wrong_type,
+        array,
         negative,
         &deep,
         &long,

@@ -1,11 +1,11 @@
 //! From the link to the guest's completion queues: data lands, completions are matched to
 //! their commands and posted, or held while the queue is full.
 
-use farbus_fabric::wire::{Complete, CompleteEntry, Header, Kind, Message, Tag};
+use farbus_fabric::wire::{Complete, CompleteEntry, Header, Kind, Message, Tag, Text};
 use farbus_fabric::{FabricError, Sink, Span};
 use farbus_vfio::RegionIndex;
 use farbus_vfio::nvme::{CompletionEntry, Status};
-use log::{debug, warn};
+use log::debug;
 
 use super::super::transfer::Transfer;
 use super::ComputeHalf;
@@ -44,18 +44,12 @@ impl Sink for ComputeHalf {
                 data,
             } => self.register_update(RegionIndex(region), offset, &data),
             Message::ResetDone { request, outcome } => {
-                self.reset_done(request);
-                if let Err(error) = outcome {
-                    warn!("the device could not be reset: {}", error.as_str());
-                    self.fail("the device could not be reset");
-                }
+                self.reset_done(request, outcome.as_ref().err().map(Text::as_str));
             }
             Message::Fault { code, text } => {
-                self.fail(&format!(
-                    "the device server reports {code:?}: {}",
-                    text.as_str()
-                ));
+                self.device_failed(&format!("{code:?}: {}", text.as_str()));
             }
+            Message::Pong { .. } => {}
             // Everything else is the link's own business or has no meaning to this engine.
             other => debug!("ignored {other:?}"),
         }

@@ -1,7 +1,7 @@
 //! The controller's registers as the guest sees them: the BAR mirror of an NVMe controller
 //! (NVMe 1.4 §3.1). Reads never leave the compute side.
 
-use farbus_vfio::nvme::{cc, csts, reg};
+use farbus_vfio::nvme::{cc, reg};
 
 /// The writable registers and the ones that the device changes.
 #[derive(Debug)]
@@ -130,10 +130,6 @@ impl Registers {
     /// command set.
     pub(super) fn is_configuration_supported(&self) -> bool {
         self.cc & (cc::MPS_MASK | cc::CSS_MASK) == 0
-    }
-
-    pub(super) fn set_fatal(&mut self) {
-        self.csts |= csts::CFS;
     }
 }
 

@@ -10,12 +10,13 @@ use std::collections::VecDeque;
 
 use farbus_fabric::FabricError;
 use farbus_fabric::wire::Tag;
-use farbus_vfio::nvme::{Status, SubmissionEntry, admin, csts, nvm};
+use farbus_vfio::nvme::{Status, SubmissionEntry, admin, nvm};
 
 use super::super::description::NvmeDescription;
 use super::super::transfer::Transfer;
-use super::tags::{Origin, State};
-use super::{ComputeHalf, Outbox, Phase};
+use super::ComputeHalf;
+use super::lifecycle::Phase;
+use super::tags::{Command, Origin, State};
 use crate::session::Session;
 use crate::shadow::ShadowRange;
 
@@ -55,19 +56,21 @@ impl ComputeHalf {
     /// The link is gone, and with it everything that was on its way. The device server resets
     /// the function before anyone can claim it again.
     pub fn link_lost(&mut self) {
-        self.release_all(State::Dropped);
-        self.reset_pending = false;
+        self.device_is_lost();
         self.batch.clear();
         self.replay = None;
-        // A reset function is what the next claim starts from.
-        self.outbox = Outbox::default();
-        if self.phase == Phase::Disabling {
-            self.phase = Phase::Disabled;
-            self.registers.csts &= !(csts::RDY | csts::SHST_MASK);
-        }
         for (_, command) in self.tags.in_use() {
             if command.state == State::Sent {
                 command.state = State::Queued;
+            }
+        }
+        // The steps of a rebuild that was under way are taken anew.
+        for tag in (0..self.tags.len()).map(Tag) {
+            let replayed = |command: &Command| {
+                command.state == State::Queued && command.origin == Origin::Replay
+            };
+            if self.tags.get(tag).is_some_and(replayed) {
+                self.tags.free(tag);
             }
         }
     }
@@ -91,17 +94,12 @@ impl ComputeHalf {
             self.fail("the export came back as something else");
             return Err(Changed { what });
         }
-        match self.phase {
-            Phase::Ready => {
-                self.outbox.configure = true;
-                self.replay = Some(Replay {
-                    ready: false,
-                    busy: false,
-                    steps: self.rebuild_steps(),
-                });
-            }
-            Phase::Enabling => self.outbox.configure = true,
-            Phase::Disabled | Phase::Disabling | Phase::Fatal => {}
+        if self.life.phase == Phase::Ready {
+            self.replay = Some(Replay {
+                ready: false,
+                busy: false,
+                steps: self.rebuild_steps(),
+            });
         }
         Ok(())
     }

@@ -1,0 +1,191 @@
+//! What the tests stand on: a device server's manager in a thread, and remote functions with a
+//! thread each that does what the agent's event loop does.
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use farbus_device_server::exports::{Export, Exports};
+use farbus_device_server::manager::Manager;
+use farbus_fabric::FabricError;
+use farbus_fabric::session::{ClaimedLink, client};
+use farbus_fabric::wire::{Epoch, ExportName};
+use farbus_integration::scratch::Scratch;
+use farbus_shadow_mem::remote::{LinkInterest, RemoteFunction};
+use farbus_vfio::Function;
+use farbus_vfio::driver::{DriverConfig, NvmeDriver};
+use farbus_vfio::soft_nvme::SoftNvme;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+pub const BLOCK: u32 = 512;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A device server with one export.
+pub struct Bed {
+    pub address: String,
+    pub scratch: Scratch,
+    stop: UnixStream,
+    manager: Option<JoinHandle<()>>,
+}
+
+pub fn export_name() -> ExportName {
+    ExportName::new("disk0").unwrap()
+}
+
+impl Bed {
+    /// With a software drive; `options` are those of `--soft-nvme`.
+    pub fn start(options: &str) -> Self {
+        let scratch = Scratch::new("path").unwrap();
+        let spec = format!("path={},{options}", scratch.join("disk.img").display());
+        let drive = SoftNvme::open(&spec.parse().unwrap()).unwrap();
+        Self::with_function(scratch, Arc::new(drive))
+    }
+
+    /// With any function.
+    pub fn with_function(scratch: Scratch, function: Arc<dyn Function>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let exports = Exports::new(vec![Export::new(export_name(), function)]);
+        let manager = Manager::new(listener, exports).unwrap();
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let stopped: OwnedFd = stopped.into();
+        let manager = std::thread::spawn(move || manager.run(&stopped).unwrap());
+        Self {
+            address,
+            scratch,
+            stop,
+            manager: Some(manager),
+        }
+    }
+
+    pub fn claim(&self) -> Result<ClaimedLink, FabricError> {
+        client::claim(&self.address, &export_name(), "test", PATIENCE)
+    }
+
+    /// A claim that waits until the export is free.
+    pub fn claim_when_free(&self) -> ClaimedLink {
+        eventually("the export is free", || self.claim().ok())
+    }
+
+    pub fn attach(&self) -> Attached {
+        Attached::new(self.claim_when_free())
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let _ = self.stop.write_all(b"x");
+        if let Some(manager) = self.manager.take() {
+            manager.join().unwrap();
+        }
+    }
+}
+
+/// Waits for something to come true, looking again and again.
+pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(
+            start.elapsed() < PATIENCE,
+            "{what}: not within {PATIENCE:?}"
+        );
+        std::thread::yield_now();
+    }
+}
+
+/// A remote function whose link is served.
+pub struct Attached {
+    pub remote: Arc<RemoteFunction>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Attached {
+    pub fn new(claimed: ClaimedLink) -> Self {
+        let remote = Arc::new(RemoteFunction::new("test".into(), claimed).unwrap());
+        let stop = Arc::new(AtomicBool::new(false));
+        let (served, stopped) = (remote.clone(), stop.clone());
+        let thread = std::thread::spawn(move || serve(&served, &stopped));
+        Self {
+            remote,
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    /// A driver for it, enabled, with `queues` pairs of I/O queues.
+    pub fn driver(&self, queues: u16) -> NvmeDriver<RemoteFunction> {
+        let config = DriverConfig {
+            memory: 64 << 20,
+            ..DriverConfig::default()
+        };
+        let mut driver = NvmeDriver::new(self.remote.clone(), config).unwrap();
+        driver.enable().unwrap();
+        assert!(driver.request_queues(queues).unwrap() >= queues);
+        for queue in 1..=queues {
+            driver.create_queue_pair(queue, 64, Some(queue)).unwrap();
+        }
+        driver
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+        self.remote.release();
+    }
+}
+
+/// Waits for the link as the agent's event loop does. Allocates nothing while nothing changes.
+fn serve(remote: &RemoteFunction, stopped: &AtomicBool) {
+    let epoll = Epoll::new().unwrap();
+    let mut watched: Option<(LinkInterest, Epoch)> = None;
+    let mut ticked = Instant::now();
+    let mut events = [EpollEvent::default()];
+    while !stopped.load(Ordering::Acquire) {
+        // A new link may well have the old one's descriptor.
+        let wanted = remote.link_interest().map(|interest| (interest, remote.epoch()));
+        if wanted != watched {
+            if let Some((old, _)) = watched {
+                let _ = epoll.ctl(
+                    ControlOperation::Delete,
+                    old.descriptor,
+                    EpollEvent::default(),
+                );
+            }
+            if let Some((new, _)) = wanted {
+                let set = if new.writable {
+                    EventSet::IN | EventSet::OUT
+                } else {
+                    EventSet::IN
+                };
+                epoll
+                    .ctl(
+                        ControlOperation::Add,
+                        new.descriptor,
+                        EpollEvent::new(set, 0),
+                    )
+                    .unwrap();
+            }
+            watched = wanted;
+        }
+        if epoll.wait(5, &mut events).unwrap_or(0) > 0 {
+            remote.service();
+        }
+        if ticked.elapsed() > Duration::from_secs(1) {
+            ticked = Instant::now();
+            remote.tick();
+        }
+    }
+}
