@@ -63,8 +63,8 @@ struct AttachArgs {
     /// it does not exist.
     #[arg(long, value_name = "PATH")]
     vfio_user: PathBuf,
-    /// How long to try to reach the device server before giving up, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    /// How long the device server may take to answer, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     connect_timeout: u64,
     /// Print the ready line as a JSON object.
     #[arg(long)]

@@ -11,12 +11,13 @@ use farbus_fabric::wire::ExportName;
 use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
-/// How long one attempt may take.
-const ATTEMPT: Duration = Duration::from_secs(5);
+/// How long one attempt may take: the device server resets the drive and asks what it is, which
+/// with some drives takes a while.
+const ATTEMPT: Duration = Duration::from_secs(60);
 /// Pause after the first failed attempt; it doubles up to [`MAX_PAUSE`].
-const MIN_PAUSE: Duration = Duration::from_millis(50);
+pub(crate) const MIN_PAUSE: Duration = Duration::from_millis(50);
 /// Longest pause: what an operator waits at most once the device server is back.
-const MAX_PAUSE: Duration = Duration::from_secs(2);
+pub(crate) const MAX_PAUSE: Duration = Duration::from_secs(2);
 
 /// Where the function is.
 #[derive(Clone, Debug)]
@@ -47,13 +48,17 @@ pub struct Reconnect {
 }
 
 impl Reconnect {
-    /// Starts trying; `done` is signalled when there is a link.
-    pub fn start(source: Source, done: Arc<EventFd>) -> std::io::Result<Self> {
+    /// Starts trying after `pause`; `done` is signalled when there is a link.
+    pub fn start(source: Source, pause: Duration, done: Arc<EventFd>) -> std::io::Result<Self> {
         let (send, claimed) = mpsc::channel();
         let (stop, stopped) = mpsc::channel();
         thread::Builder::new()
             .name("reconnect".into())
-            .spawn(move || try_for_ever(&source, &send, &stopped, &done))?;
+            .spawn(move || {
+                if stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+                    try_for_ever(&source, &send, &stopped, &done);
+                }
+            })?;
         Ok(Self {
             claimed,
             _stop: stop,

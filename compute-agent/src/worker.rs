@@ -17,16 +17,22 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::reconnect::{Reconnect, Source};
+use crate::reconnect::{MAX_PAUSE, MIN_PAUSE, Reconnect, Source};
 use crate::vfio_user::Endpoint;
 
 /// How often the link is asked for a sign of life.
 const TICK: Duration = Duration::from_secs(1);
+/// A link that has lived this long was a good one.
+const STABLE: Duration = Duration::from_secs(5);
 
 /// What the event loop serves.
 enum Subscriber {
     Endpoint(Box<Endpoint>),
-    Link(Arc<RemoteFunction>),
+    Link {
+        remote: Arc<RemoteFunction>,
+        /// More may have arrived than was received.
+        more: bool,
+    },
     /// Readable at SIGTERM or SIGINT.
     Signals {
         pipe: OwnedFd,
@@ -48,7 +54,7 @@ impl MutEventSubscriber for Subscriber {
         let added = match self {
             Self::Endpoint(endpoint) => return endpoint.init(ops),
             // Watched by the worker, once there is a link to watch.
-            Self::Link(_) => return,
+            Self::Link { .. } => return,
             Self::Signals { pipe, .. } => ops.add(Events::new(pipe, EventSet::IN)),
             Self::Reconnected { event, .. } => ops.add(Events::new(&**event, EventSet::IN)),
         };
@@ -60,7 +66,7 @@ impl MutEventSubscriber for Subscriber {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match self {
             Self::Endpoint(endpoint) => endpoint.process(events, ops),
-            Self::Link(remote) => remote.service(),
+            Self::Link { remote, more } => *more = remote.service(),
             Self::Signals { raised, .. } => *raised = true,
             Self::Reconnected { event, raised } => {
                 let _ = event.read();
@@ -110,6 +116,10 @@ pub struct Worker {
     done: Arc<EventFd>,
     reconnect: Option<Reconnect>,
     watched: LinkWatch,
+    /// When the link at hand was made.
+    linked: Instant,
+    /// How long to wait before the next attempt to get one.
+    pause: Duration,
 }
 
 impl Worker {
@@ -123,7 +133,10 @@ impl Worker {
         let done = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         Ok(Self {
             endpoint: manager.add_subscriber(Subscriber::Endpoint(Box::new(endpoint))),
-            link: manager.add_subscriber(Subscriber::Link(remote.clone())),
+            link: manager.add_subscriber(Subscriber::Link {
+                remote: remote.clone(),
+                more: false,
+            }),
             signals: manager.add_subscriber(Subscriber::Signals {
                 pipe: signals()?,
                 raised: false,
@@ -138,6 +151,8 @@ impl Worker {
             done,
             reconnect: None,
             watched: LinkWatch::default(),
+            linked: Instant::now(),
+            pause: Duration::ZERO,
         })
     }
 
@@ -147,8 +162,13 @@ impl Worker {
         self.update_watch()?;
         loop {
             let left = due.saturating_duration_since(Instant::now());
+            let timeout = if self.receive_more()? {
+                0
+            } else {
+                left.as_millis() as i32 + 1
+            };
             self.manager
-                .run_with_timeout(left.as_millis() as i32 + 1)
+                .run_with_timeout(timeout)
                 .context("the event loop failed")?;
             if Instant::now() >= due {
                 due = Instant::now() + TICK;
@@ -158,6 +178,17 @@ impl Worker {
             if self.is_ended()? {
                 return self.end();
             }
+        }
+    }
+
+    /// Receives what the link's descriptor need not tell of; whether there may be yet more.
+    fn receive_more(&mut self) -> anyhow::Result<bool> {
+        match self.manager.subscriber_mut(self.link)? {
+            Subscriber::Link { remote, more } if *more => {
+                *more = remote.service();
+                Ok(*more)
+            }
+            _ => Ok(false),
         }
     }
 
@@ -174,7 +205,13 @@ impl Worker {
                 "the link to {} is lost ({}); the guest's commands wait for a new one",
                 self.source.address, lost.error
             );
-            self.reconnect = Some(Reconnect::start(self.source.clone(), self.done.clone())?);
+            // A link that dies as soon as it is there would come and go without end.
+            self.pause = if self.linked.elapsed() > STABLE {
+                Duration::ZERO
+            } else {
+                (self.pause * 2).clamp(MIN_PAUSE, MAX_PAUSE)
+            };
+            self.start_reconnecting()?;
         }
         self.update_watch()?;
         // Only now, with the event loop past it, may its descriptor be closed.
@@ -187,13 +224,25 @@ impl Worker {
         if let (true, Some(reconnect)) = (raised, &self.reconnect) {
             if let Some(claimed) = reconnect.take() {
                 self.reconnect = None;
+                self.linked = Instant::now();
                 match self.remote.reconnect(claimed) {
                     Ok(()) => info!("the guest's controller is rebuilt on the new link"),
-                    Err(error) => error!("{:#}", anyhow::Error::new(error)),
+                    Err(error) => {
+                        error!("{:#}", anyhow::Error::new(error));
+                        // An operator may give the export its old form again.
+                        self.pause = MAX_PAUSE;
+                        self.start_reconnecting()?;
+                    }
                 }
                 self.update_watch()?;
             }
         }
+        Ok(())
+    }
+
+    fn start_reconnecting(&mut self) -> anyhow::Result<()> {
+        let (source, done) = (self.source.clone(), self.done.clone());
+        self.reconnect = Some(Reconnect::start(source, self.pause, done)?);
         Ok(())
     }
 

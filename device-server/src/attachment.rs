@@ -34,8 +34,12 @@ pub enum Ended {
 pub struct Attachment {
     half: DeviceHalf,
     session: Session,
+    /// Bytes received by the last look, and when there last were more than before.
+    received: u64,
     heard: Instant,
     ticked: Instant,
+    /// More may have arrived than was received: the link need not become readable for it.
+    more: bool,
 }
 
 impl Attachment {
@@ -45,8 +49,10 @@ impl Attachment {
         Self {
             half,
             session,
+            received: 0,
             heard: now,
             ticked: now,
+            more: false,
         }
     }
 
@@ -68,10 +74,10 @@ impl Attachment {
             (self.half.interrupt().as_raw_fd(), INTERRUPT),
             (stop.as_raw_fd(), STOP),
         ] {
-            watch(&epoll, ControlOperation::Add, fd, id, false)
+            watch(&epoll, ControlOperation::Add, fd, id, EventSet::IN)
                 .map_err(what("watching a descriptor"))?;
         }
-        let mut waits_to_write = false;
+        let mut watched = EventSet::IN;
         let mut events = [EpollEvent::default(); 3];
         loop {
             let ready = match epoll.wait(self.timeout(), &mut events) {
@@ -80,15 +86,19 @@ impl Attachment {
             };
             for event in &events[..ready] {
                 match event.data() {
-                    LINK => self.receive()?,
+                    LINK => self.more = true,
                     INTERRUPT => self.half.interrupted(&mut self.session)?,
                     _ => return Ok(Ended::Stopped),
                 }
             }
+            if self.more {
+                self.receive()?;
+            }
             self.look_after()?;
-            if self.session.is_congested() != waits_to_write {
-                waits_to_write = !waits_to_write;
-                watch(&epoll, ControlOperation::Modify, link, LINK, waits_to_write)
+            let wanted = self.interest();
+            if wanted != watched {
+                watched = wanted;
+                watch(&epoll, ControlOperation::Modify, link, LINK, watched)
                     .map_err(what("watching the link"))?;
             }
         }
@@ -96,13 +106,31 @@ impl Attachment {
 
     fn receive(&mut self) -> Result<(), FabricError> {
         self.session.flush()?;
+        self.half.pump(&mut self.session)?;
         for _ in 0..RECEIVE_BURST {
-            if self.session.receive(&mut self.half)? == Received::Idle {
+            // A peer that asks and does not listen waits, and with it what it asks.
+            if self.half.is_backlogged() {
+                self.more = false;
                 break;
             }
-            self.heard = Instant::now();
+            if self.session.receive(&mut self.half)? == Received::Idle {
+                self.more = false;
+                break;
+            }
         }
         self.half.pump(&mut self.session)
+    }
+
+    /// What to wait for on the link.
+    fn interest(&self) -> EventSet {
+        let mut wanted = EventSet::empty();
+        if !self.half.is_backlogged() {
+            wanted |= EventSet::IN;
+        }
+        if self.session.is_congested() {
+            wanted |= EventSet::OUT;
+        }
+        wanted
     }
 
     /// What time brings: the controller's state, and the claimant's silence.
@@ -110,8 +138,13 @@ impl Attachment {
         let now = Instant::now();
         if now >= self.ticked + self.half.next_tick() {
             self.ticked = now;
-            self.half.tick(now);
+            self.half.tick();
             self.half.pump(&mut self.session)?;
+        }
+        let received = self.session.counters().bytes_received;
+        if received != self.received {
+            self.received = received;
+            self.heard = now;
         }
         if now > self.heard + SILENCE {
             return Err(FabricError::Timeout {
@@ -124,6 +157,9 @@ impl Attachment {
 
     /// Milliseconds until time brings something.
     fn timeout(&self) -> i32 {
+        if self.more {
+            return 0;
+        }
         let due = (self.ticked + self.half.next_tick()).min(self.heard + SILENCE);
         let left = due.saturating_duration_since(Instant::now());
         left.as_millis() as i32 + 1
@@ -135,12 +171,7 @@ fn watch(
     operation: ControlOperation,
     fd: RawFd,
     id: u64,
-    writable: bool,
+    events: EventSet,
 ) -> io::Result<()> {
-    let events = if writable {
-        EventSet::IN | EventSet::OUT
-    } else {
-        EventSet::IN
-    };
     epoll.ctl(operation, fd, EpollEvent::new(events, id))
 }

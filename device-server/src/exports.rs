@@ -59,8 +59,8 @@ impl Export {
         &self.name
     }
 
-    /// Claims the export for `claimant`, with an epoch higher than every one before, also
-    /// before a restart of this process.
+    /// Claims the export for `claimant`, with an epoch higher than every one before; across a
+    /// restart of this process, as long as the clock has not been set back.
     pub fn claim(self: &Arc<Self>, claimant: &str) -> Result<Claim, Busy> {
         let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(holder) = &claims.holder {
@@ -80,7 +80,7 @@ impl Export {
     }
 }
 
-/// Microseconds since 1970: rises across restarts, as long as the clock does.
+/// Microseconds since 1970.
 fn clock_epoch() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.map_or(1, |now| now.as_micros() as u64)

@@ -8,7 +8,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -37,7 +37,13 @@ pub struct Manager {
     stop: Arc<EventFd>,
 }
 
-/// One of the threads that serve connections, counted.
+/// A thread that serves a connection, and whether it has a claim.
+struct Serving {
+    thread: JoinHandle<()>,
+    claimed: Arc<AtomicBool>,
+}
+
+/// One of those threads, counted.
 struct Served(Arc<AtomicUsize>);
 
 impl Drop for Served {
@@ -64,7 +70,7 @@ impl Manager {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))?;
         }
         let mut events = [EpollEvent::default(); 2];
-        let mut threads: Vec<JoinHandle<()>> = Vec::new();
+        let mut threads: Vec<Serving> = Vec::new();
         let count = Arc::new(AtomicUsize::new(0));
         'accepting: loop {
             let ready = match epoll.wait(-1, &mut events) {
@@ -75,19 +81,23 @@ impl Manager {
                 if event.data() == 1 {
                     break 'accepting;
                 }
-                threads.retain(|thread| !thread.is_finished());
+                threads.retain(|serving| !serving.thread.is_finished());
                 self.accept(&count, &mut threads);
             }
         }
         self.stop.write(1)?;
-        for thread in threads {
+        // Who is still being asked what it wants has nothing that must be brought to an end.
+        for serving in threads
+            .into_iter()
+            .filter(|s| s.claimed.load(Ordering::Acquire))
+        {
             // A thread that panicked has printed why.
-            let _ = thread.join();
+            let _ = serving.thread.join();
         }
         Ok(())
     }
 
-    fn accept(&self, count: &Arc<AtomicUsize>, threads: &mut Vec<JoinHandle<()>>) {
+    fn accept(&self, count: &Arc<AtomicUsize>, threads: &mut Vec<Serving>) {
         let (stream, peer) = match self.listener.accept() {
             Ok(connection) => connection,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -105,9 +115,11 @@ impl Manager {
         }
         let served = Served(count.clone());
         let (exports, stop) = (self.exports.clone(), self.stop.clone());
+        let claimed = Arc::new(AtomicBool::new(false));
+        let claims = claimed.clone();
         let serve = move || {
             let _served = served;
-            if let Err(error) = serve(stream, peer, &exports, &stop) {
+            if let Err(error) = serve(stream, peer, &exports, &stop, &claims) {
                 warn!("{peer}: {:#}", anyhow::Error::new(error));
             }
         };
@@ -115,7 +127,7 @@ impl Manager {
             .name("attachment".into())
             .spawn(serve)
         {
-            Ok(thread) => threads.push(thread),
+            Ok(thread) => threads.push(Serving { thread, claimed }),
             Err(error) => warn!("closed the connection of {peer}: no thread for it: {error}"),
         }
     }
@@ -127,11 +139,12 @@ fn serve(
     peer: SocketAddr,
     exports: &Exports,
     stop: &EventFd,
+    claimed: &AtomicBool,
 ) -> Result<(), FabricError> {
     let label = concat!("farbus-device-server ", env!("CARGO_PKG_VERSION"));
     let incoming = Incoming::handshake(stream, label, SETUP_DEADLINE)?;
     let Request::Claim(request) = incoming.next_request()?;
-    let claimant = format!("{} at {peer}", request.peer().as_str());
+    let claimant = format!("{} at {peer}", request.peer());
     let Some(export) = exports.find(request.export()) else {
         let text = format!(
             "there is no export {}; there is {}",
@@ -148,6 +161,7 @@ fn serve(
             return request.refuse(RefusalCode::Busy, &busy.to_string());
         }
     };
+    claimed.store(true, Ordering::Release);
     attach(request, &claim, &claimant, stop)
 }
 
@@ -177,7 +191,7 @@ fn attach(
     };
     let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
     let mut session = Session::new(granted.describe(description)?);
-    session.register(half.shadow())?;
+    session.register(half.shadow(), 0)?;
     info!("{name}: claimed by {claimant} ({})", claim.epoch());
     let ended = Attachment::new(half, session).run(stop);
     match ended {

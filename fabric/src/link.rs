@@ -106,6 +106,8 @@ pub struct Counters {
     pub payload_sent: u64,
     /// Payload bytes received.
     pub payload_received: u64,
+    /// Bytes received, of whole and of unfinished messages: a sign of life.
+    pub bytes_received: u64,
     /// System calls made (or work requests posted) to send.
     pub send_calls: u64,
     /// System calls made (or completions polled) to receive.
@@ -145,12 +147,13 @@ pub trait Link: Send {
     /// received with any other is an error before its payload lands or the sink hears of it.
     fn set_epoch(&mut self, epoch: Epoch);
 
-    /// Makes memory known before spans of it are used (RDMA registers it; TCP has nothing to
-    /// do). Idempotent.
-    fn register(&mut self, memory: &Arc<MmapRegion>) -> Result<(), FabricError>;
+    /// Makes a range of memory known before spans of it are used, under the address by which
+    /// [`RemoteSpan`]s of the peer name it: an IOVA on the compute side, an offset into the
+    /// buffer shadow on the device side. RDMA registers it; TCP has nothing to do.
+    fn register(&mut self, span: &Span, address: u64) -> Result<(), FabricError>;
 
     /// Undoes [`Self::register`].
-    fn unregister(&mut self, memory: &Arc<MmapRegion>);
+    fn unregister(&mut self, span: &Span, address: u64);
 
     /// Guarantees that nothing received from now on lands in `memory[offset .. offset + len]`,
     /// also not the rest of a payload that is arriving: its bytes there are dropped.

@@ -27,6 +27,8 @@ use crate::session::Session;
 const RECEIVE_BURST: usize = 64;
 /// Silence, in ticks of a second, after which the peer is taken for dead.
 const SILENT_TICKS: u32 = 5;
+/// Most commands that a device server can make us keep room for.
+const MAX_TAGS: u16 = 4096;
 
 /// Why a remote function cannot be offered.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +92,9 @@ struct State {
     session: Option<Session>,
     lost: Option<LostLink>,
     epoch: Epoch,
-    heard: bool,
+    /// Bytes that had been received at the last tick.
+    heard: u64,
+    /// Ticks since then without another one.
     silent: u32,
 }
 
@@ -114,7 +118,9 @@ fn parse(
     if description.engine != EngineKind::Nvme {
         return Err(RemoteError::NoEngine(description.engine));
     }
-    if *tags < MIN_TAGS || !(PAGE_SIZE as u32..=MAX_SHADOW).contains(shadow_len) {
+    if !(MIN_TAGS..=MAX_TAGS).contains(tags)
+        || !(PAGE_SIZE as u32..=MAX_SHADOW).contains(shadow_len)
+    {
         return Err(RemoteError::BadGrant {
             tags: *tags,
             shadow_len: *shadow_len,
@@ -131,6 +137,19 @@ fn parse(
     let config = ConfigSpace::from_image(&description.config, &regions)?;
     let nvme = NvmeDescription::decode(&description.blob, *shadow_len)?;
     Ok((regions, config, nvme))
+}
+
+/// Whether two descriptions are of the same function, in the same form: what a guest's driver
+/// has learnt of it must still hold. Other bits of configuration space, such as the state of
+/// the device server's own PCIe link, may differ between two claims.
+fn is_same_function(one: &Description, other: &Description) -> bool {
+    // Vendor and device, revision and class, subsystem (PCI 3.0 §6.2.1, §6.2.4).
+    let identity = |d: &Description| {
+        [0x00..0x04, 0x08..0x0c, 0x2c..0x30].map(|range| d.config.get(range).map(<[u8]>::to_vec))
+    };
+    identity(one) == identity(other)
+        && one.regions == other.regions
+        && one.interrupts == other.interrupts
 }
 
 impl RemoteFunction {
@@ -161,7 +180,7 @@ impl RemoteFunction {
                 session: Some(Session::new(claimed.link)),
                 lost: None,
                 epoch: claimed.epoch,
-                heard: true,
+                heard: 0,
                 silent: 0,
             }),
         })
@@ -184,32 +203,36 @@ impl RemoteFunction {
     }
 
     /// The link's descriptor has events: receives, sends what waited, and goes on with what
-    /// either made possible.
-    pub fn service(&self) {
-        self.state().with_session(|half, session, heard| {
+    /// either made possible. Returns whether more may have arrived: then the descriptor need
+    /// not say so, and this is to be called again without waiting.
+    pub fn service(&self) -> bool {
+        let mut more = false;
+        self.state().with_session(|half, session| {
             session.flush()?;
+            more = true;
             for _ in 0..RECEIVE_BURST {
-                match session.receive(half)? {
-                    Received::Message => *heard = true,
-                    Received::Idle => break,
+                if session.receive(half)? == Received::Idle {
+                    more = false;
+                    break;
                 }
             }
             half.pump(session)
         });
+        more
     }
 
-    /// Once a second: asks a silent peer for a sign of life, and gives up on one that has been
-    /// silent for too long.
+    /// Once a second: gives the peer a sign of life and asks for one, and gives up on a peer
+    /// that has been silent for too long.
     pub fn tick(&self) {
         let mut state = self.state();
-        state.silent = if std::mem::take(&mut state.heard) {
-            0
-        } else {
-            state.silent + 1
-        };
+        let heard = state
+            .session
+            .as_ref()
+            .map_or(0, |s| s.counters().bytes_received);
+        let news = std::mem::replace(&mut state.heard, heard) != heard;
+        state.silent = if news { 0 } else { state.silent + 1 };
         let silent = state.silent;
-        state.with_session(|_, session, _| match silent {
-            0 => Ok(()),
+        state.with_session(|_, session| match silent {
             SILENT_TICKS.. => Err(FabricError::Timeout {
                 what: "a sign of life of the device server",
                 after: std::time::Duration::from_secs(silent.into()),
@@ -229,9 +252,7 @@ impl RemoteFunction {
     pub fn reconnect(&self, claimed: ClaimedLink) -> Result<(), RemoteError> {
         let (_, _, nvme) = parse(&claimed)?;
         let mut state = self.state();
-        let same = claimed.description.config == self.description.config
-            && claimed.description.regions == self.description.regions;
-        if !same {
+        if !is_same_function(&claimed.description, &self.description) {
             return Err(Changed::function().into());
         }
         state
@@ -239,12 +260,13 @@ impl RemoteFunction {
             .link_up(&nvme, claimed.shadow_len, claimed.tags)?;
         let mut session = Session::new(claimed.link);
         for window in state.half.windows() {
-            session.register(&window.memory)?;
+            session.register(window, window.iova.0)?;
         }
         state.epoch = claimed.epoch;
-        state.heard = true;
+        state.heard = 0;
+        state.silent = 0;
         state.session = Some(session);
-        state.with_session(|half, session, _| half.pump(session));
+        state.pump();
         Ok(())
     }
 
@@ -298,12 +320,12 @@ impl State {
     /// Does something over the link, if there is one; an error is the end of that link.
     fn with_session(
         &mut self,
-        act: impl FnOnce(&mut ComputeHalf, &mut Session, &mut bool) -> Result<(), FabricError>,
+        act: impl FnOnce(&mut ComputeHalf, &mut Session) -> Result<(), FabricError>,
     ) {
         let Some(session) = &mut self.session else {
             return;
         };
-        if let Err(error) = act(&mut self.half, session, &mut self.heard) {
+        if let Err(error) = act(&mut self.half, session) {
             self.half.link_lost();
             self.lost = self
                 .session
@@ -313,13 +335,24 @@ impl State {
     }
 
     fn pump(&mut self) {
-        self.with_session(|half, session, _| half.pump(session));
+        self.with_session(ComputeHalf::pump);
     }
 
     fn reset(&mut self) {
         self.config.reset();
         self.half.reset();
-        self.pump();
+        self.with_session(|half, session| {
+            // The guest's memory is its own again, at once. What is still to be sent would go
+            // out with whatever the guest puts there now; a frame that is cut off is never
+            // acted on, and the next claim begins with a reset.
+            if session.is_congested() {
+                return Err(FabricError::Closed);
+            }
+            for window in half.windows() {
+                session.revoke(window);
+            }
+            half.pump(session)
+        });
     }
 }
 
@@ -377,17 +410,17 @@ impl Function for RemoteFunction {
     fn map_dma(&self, window: &DmaWindow) -> Result<(), FunctionError> {
         let mut state = self.state();
         state.half.map(window)?;
-        state.with_session(|_, session, _| session.register(&window.memory));
+        state.with_session(|_, session| session.register(window, window.iova.0));
         Ok(())
     }
 
     fn unmap_dma(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
         let mut state = self.state();
         let gone = state.half.unmap(iova, len)?;
-        state.with_session(|_, session, _| {
+        state.with_session(|_, session| {
             for window in &gone {
-                session.revoke(&window.memory, window.offset, window.len);
-                session.unregister(&window.memory);
+                session.revoke(window);
+                session.unregister(window, window.iova.0);
             }
             Ok(())
         });

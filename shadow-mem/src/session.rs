@@ -1,20 +1,24 @@
 //! One claim as an engine uses it: a link, and the buffers to send from.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
 use farbus_fabric::wire::{self, CompleteBatch, Message};
 use farbus_fabric::{Counters, FabricError, Frame, Link, Received, Sink, Span};
-use vm_memory::MmapRegion;
+use farbus_vfio::DmaWindow;
+use farbus_vfio::nvme::PAGE_SIZE;
 
 /// Spans that one message gathers at most: what one `sendmsg` or one chain of work requests
 /// takes, less the control part.
 const MAX_SPANS: usize = 1000;
+/// Data that one message asks to be moved, in bytes, beyond which no command is added: so that
+/// the first completion need not wait for the whole of a deep queue.
+const MAX_BATCH: u64 = 1 << 20;
 
 /// Commands to send in one message, with the guest memory that their data is gathered from.
 pub struct SubmitBatch {
     entries: wire::SubmitBatch,
     pub(crate) payload: Vec<Span>,
+    bytes: u64,
 }
 
 impl SubmitBatch {
@@ -22,6 +26,7 @@ impl SubmitBatch {
         Self {
             entries: wire::SubmitBatch::new(),
             payload: Vec::with_capacity(MAX_SPANS),
+            bytes: 0,
         }
     }
 
@@ -32,8 +37,10 @@ impl SubmitBatch {
     /// Whether a command with the largest transfer, in as many segments as it may have, might
     /// not fit any more.
     pub(crate) fn is_full(&self, max_transfer: u32) -> bool {
-        let segments = max_transfer as usize / farbus_vfio::nvme::PAGE_SIZE + 1;
-        !self.entries.has_room(max_transfer, 0) || self.payload.len() + segments > MAX_SPANS
+        let segments = max_transfer as usize / PAGE_SIZE + 1;
+        !self.entries.has_room(max_transfer, 0)
+            || self.bytes >= MAX_BATCH
+            || self.payload.len() + segments > MAX_SPANS
     }
 
     pub(crate) fn push(
@@ -41,12 +48,15 @@ impl SubmitBatch {
         placement: &wire::Placement,
         command: &[u8; 64],
     ) -> Result<(), wire::WireError> {
-        self.entries.push(placement, command, &[])
+        self.entries.push(placement, command, &[])?;
+        self.bytes += u64::from(placement.data_len);
+        Ok(())
     }
 
     pub(crate) fn clear(&mut self) {
         self.entries.clear();
         self.payload.clear();
+        self.bytes = 0;
     }
 }
 
@@ -138,17 +148,25 @@ impl Session {
     }
 
     /// See [`Link::register`].
-    pub fn register(&mut self, memory: &Arc<MmapRegion>) -> Result<(), FabricError> {
-        self.link.register(memory)
+    pub fn register(&mut self, window: &DmaWindow, address: u64) -> Result<(), FabricError> {
+        self.link.register(&span_of(window), address)
     }
 
     /// See [`Link::unregister`].
-    pub fn unregister(&mut self, memory: &Arc<MmapRegion>) {
-        self.link.unregister(memory);
+    pub fn unregister(&mut self, window: &DmaWindow, address: u64) {
+        self.link.unregister(&span_of(window), address);
     }
 
     /// See [`Link::revoke`].
-    pub fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize) {
-        self.link.revoke(memory, offset, len);
+    pub fn revoke(&mut self, window: &DmaWindow) {
+        self.link.revoke(&window.memory, window.offset, window.len);
+    }
+}
+
+fn span_of(window: &DmaWindow) -> Span {
+    Span {
+        memory: window.memory.clone(),
+        offset: window.offset,
+        len: window.len,
     }
 }

@@ -80,14 +80,14 @@ impl ShadowAllocator {
         }
     }
 
-    /// A contiguous range for `len` bytes, or none if there is none now. An empty range costs
-    /// nothing.
-    pub fn allocate(&mut self, len: u32) -> Option<ShadowRange> {
+    /// A contiguous range for `len` bytes that leaves `reserve` pages free, or none if there is
+    /// none now. An empty range costs nothing.
+    pub fn allocate(&mut self, len: u32, reserve: u32) -> Option<ShadowRange> {
         let wanted = len.div_ceil(PAGE_SIZE as u32);
         if wanted == 0 {
             return Some(ShadowRange::default());
         }
-        if wanted > self.free {
+        if wanted.saturating_add(reserve) > self.free {
             return None;
         }
         let start = self

@@ -147,7 +147,7 @@ proptest! {
         let mut used = HashSet::new();
         for (take, len) in steps {
             if take || held.is_empty() {
-                let Some(range) = allocator.allocate(len) else { continue };
+                let Some(range) = allocator.allocate(len, 0) else { continue };
                 prop_assert_eq!(range.pages, len.div_ceil(PAGE as u32));
                 let first = range.offset / PAGE as u32;
                 prop_assert!(first + range.pages <= pages);
@@ -166,7 +166,7 @@ proptest! {
             prop_assert_eq!(allocator.free_pages(), pages - used.len() as u32);
         }
         held.drain(..).for_each(|range| allocator.release(range));
-        prop_assert!(allocator.allocate(pages * PAGE as u32).is_some());
+        prop_assert!(allocator.allocate(pages * PAGE as u32, 0).is_some());
     }
 
     #[test]

@@ -54,7 +54,8 @@ proptest! {
                 if ring.is_full() {
                     break;
                 }
-                let (index, phase) = ring.produce();
+                let (index, phase) = ring.next();
+                ring.advance();
                 phases[index as usize] = phase;
                 outstanding += 1;
             }
@@ -77,7 +78,7 @@ proptest! {
         let mut ring = CompletionRing::new(size);
         let posted = posted.min(size - 1);
         for _ in 0..posted {
-            ring.produce();
+            ring.advance();
         }
         prop_assert_eq!(ring.set_head(head), head <= posted);
     }

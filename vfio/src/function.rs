@@ -143,7 +143,11 @@ pub struct DmaWindow {
 
 impl fmt::Debug for DmaWindow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DmaWindow({}+{:#x}, {:?})", self.iova, self.len, self.access)
+        write!(
+            f,
+            "DmaWindow({}+{:#x}, {:?})",
+            self.iova, self.len, self.access
+        )
     }
 }
 

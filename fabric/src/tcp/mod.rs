@@ -26,7 +26,7 @@ use self::backlog::{Backlog, Parts};
 use self::raw::{Gather, check_span};
 use self::receiver::Receiver;
 use crate::wire::{Admission, Epoch, Header, Side};
-use crate::{Counters, FabricError, Frame, Link, Received, Sink};
+use crate::{Counters, FabricError, Frame, Link, Received, Sink, Span};
 
 /// How long sent bytes may stay unacknowledged before the kernel gives the connection up. A
 /// network that is away for longer is for the layer above to bridge, by reconnecting. It also
@@ -171,11 +171,11 @@ impl Link for TcpLink {
         self.admission.set_epoch(epoch);
     }
 
-    fn register(&mut self, _memory: &Arc<MmapRegion>) -> Result<(), FabricError> {
+    fn register(&mut self, _span: &Span, _address: u64) -> Result<(), FabricError> {
         Ok(())
     }
 
-    fn unregister(&mut self, _memory: &Arc<MmapRegion>) {}
+    fn unregister(&mut self, _span: &Span, _address: u64) {}
 
     fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize) {
         self.receiver.revoke(memory, offset, len);

@@ -164,6 +164,7 @@ impl Receiver {
             None => Ok(false),
             Some(0) => Err(self.ended()),
             Some(got) => {
+                counters.bytes_received += got as u64;
                 self.drained = got < asked;
                 self.filled += self.landing.advance(got);
                 Ok(true)

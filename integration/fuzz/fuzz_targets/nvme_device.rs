@@ -1,4 +1,4 @@
 #![no_main]
-#![allow(missing_docs, unsafe_code, reason = "all of it is libFuzzer's macro")]
+#![allow(missing_docs, reason = "libFuzzer's macro has none")]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| farbus_fuzz::device::run(bytes));

@@ -336,7 +336,7 @@ fn device_status(bench: &mut Bench, input: &mut Input<'_>) {
             _ => device.csts ^= 1 << (input.byte() % 8),
         }
     }
-    peer.tick();
+    peer.half.tick();
 }
 
 fn network(bench: &Bench, input: &mut Input<'_>) {

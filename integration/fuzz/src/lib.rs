@@ -14,6 +14,8 @@
 //! each of them, [`nvme`] is a controller that checks each command it gets and otherwise
 //! does what the input says.
 
+#![forbid(unsafe_code)]
+
 pub mod config;
 pub mod device;
 pub mod fabric;

@@ -67,6 +67,14 @@ pub struct Ground {
 }
 
 impl Ground {
+    /// One window that is in use for good.
+    pub fn of(window: &DmaWindow) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self {
+            watched: vec![window.memory.clone()],
+            windows: vec![window.clone()],
+        }))
+    }
+
     fn is_watched(&self, span: &Span) -> bool {
         self.watched
             .iter()
@@ -246,6 +254,7 @@ impl FakeLink {
         let next = lock(&self.inward).arrived.pop_front();
         match next {
             Some(parcel) => {
+                self.counters.bytes_received += parcel.header.frame_len() as u64;
                 self.admission.admit(&parcel.header)?;
                 self.land(parcel, sink)
             }
@@ -283,11 +292,11 @@ impl Link for FakeLink {
         self.admission.set_epoch(epoch);
     }
 
-    fn register(&mut self, _memory: &Arc<MmapRegion>) -> Result<(), FabricError> {
+    fn register(&mut self, _span: &Span, _address: u64) -> Result<(), FabricError> {
         Ok(())
     }
 
-    fn unregister(&mut self, _memory: &Arc<MmapRegion>) {}
+    fn unregister(&mut self, _span: &Span, _address: u64) {}
 
     fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize) {
         if let Some(partial) = &mut self.partial {

@@ -1,6 +1,6 @@
 //! Guest kernels: Debian's cloud kernels, unpacked from their packages.
 //!
-//! NVMe and ext4 are built into them. What is not (see [`MODULES`]) goes into a small archive
+//! NVMe and ext4 are built into them. What is not (see `MODULES`) goes into a small archive
 //! of its own that is joined to the initramfs; the guest loads it with `modprobe`.
 
 use std::collections::{BTreeMap, BTreeSet};

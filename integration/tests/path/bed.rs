@@ -155,7 +155,9 @@ fn serve(remote: &RemoteFunction, stopped: &AtomicBool) {
     let mut events = [EpollEvent::default()];
     while !stopped.load(Ordering::Acquire) {
         // A new link may well have the old one's descriptor.
-        let wanted = remote.link_interest().map(|interest| (interest, remote.epoch()));
+        let wanted = remote
+            .link_interest()
+            .map(|interest| (interest, remote.epoch()));
         if wanted != watched {
             if let Some((old, _)) = watched {
                 let _ = epoll.ctl(
@@ -181,7 +183,7 @@ fn serve(remote: &RemoteFunction, stopped: &AtomicBool) {
             watched = wanted;
         }
         if epoll.wait(5, &mut events).unwrap_or(0) > 0 {
-            remote.service();
+            while remote.service() {}
         }
         if ticked.elapsed() > Duration::from_secs(1) {
             ticked = Instant::now();

@@ -2,8 +2,8 @@
 //! engine part of the fabric's `Description`.
 //!
 //! Encoded little endian: CAP u64, VS u32, largest transfer in bytes u32, I/O queue pairs u16,
-//! namespaces u16, then for each namespace its id u32, log2 of its block's data bytes u8,
-//! flags u8 (bit 0: metadata is part of the block), metadata bytes u16.
+//! namespaces u16, then for each namespace its id u32, log2 of its block's bytes u8, and three
+//! reserved bytes of zero.
 
 use farbus_vfio::nvme::{PAGE_SIZE, cap};
 
@@ -22,17 +22,8 @@ pub const ADMIN_QUEUE_ENTRIES: u32 = 128;
 pub struct NamespaceFormat {
     /// The namespace's id.
     pub nsid: u32,
-    /// Log2 of the data bytes of a block: 9 to 16.
+    /// Log2 of the bytes of a block: 9 to 16.
     pub block_shift: u8,
-    /// Bytes of metadata that are part of each block; 0 for none.
-    pub extended_metadata: u16,
-}
-
-impl NamespaceFormat {
-    /// Bytes that one block takes in a transfer.
-    pub fn block_len(self) -> u64 {
-        (1 << self.block_shift) + u64::from(self.extended_metadata)
-    }
 }
 
 /// The namespaces of a controller, by id. One that is not here cannot be read or written.
@@ -89,12 +80,11 @@ pub enum BadDescription {
 
 /// CAP as a guest may see it: doorbells without stride, pages of 4 KiB, contiguous queues of
 /// bounded depth, the NVM command set; no controller memory, no subsystem reset. The device's
-/// time-out is raised to half a minute, since a reset may have to wait for the network.
+/// time-out is the longest there is, since enabling may have to wait for the network.
 pub fn guest_cap(device: u64) -> u64 {
     const TIMEOUT_MASK: u64 = 0xff << cap::TO_SHIFT;
-    const TIMEOUT_MIN: u64 = 60; // units of 500 ms
+    const TIMEOUT: u64 = 255; // units of 500 ms
     let entries = (device & cap::MQES_MASK).min(u64::from(MAX_QUEUE_ENTRIES) - 1);
-    let timeout = ((device & TIMEOUT_MASK) >> cap::TO_SHIFT).max(TIMEOUT_MIN);
     let kept = device
         & !(cap::MQES_MASK
             | TIMEOUT_MASK
@@ -107,7 +97,7 @@ pub fn guest_cap(device: u64) -> u64 {
             | cap::PMRS
             | cap::CMBS);
     // Bits 63:58 and 16:24's reserved part carry nothing that a 1.4 driver needs.
-    (kept & 0x00ff_ffff_ffff_ffff) | entries | timeout << cap::TO_SHIFT | cap::CQR | cap::CSS_NVM
+    (kept & 0x00ff_ffff_ffff_ffff) | entries | TIMEOUT << cap::TO_SHIFT | cap::CQR | cap::CSS_NVM
 }
 
 const HEAD: usize = 20;
@@ -125,9 +115,7 @@ impl NvmeDescription {
         out.extend((namespaces.len() as u16).to_le_bytes());
         for format in namespaces {
             out.extend(format.nsid.to_le_bytes());
-            out.push(format.block_shift);
-            out.push(u8::from(format.extended_metadata > 0));
-            out.extend(format.extended_metadata.to_le_bytes());
+            out.extend([format.block_shift, 0, 0, 0]);
         }
         out
     }
@@ -165,19 +153,14 @@ impl NvmeDescription {
         let mut formats = Vec::with_capacity(count);
         for _ in 0..count {
             let nsid = u32::from_le_bytes(fields.take(bytes)?);
-            let [block_shift, flags] = fields.take(bytes)?;
-            let metadata = u16::from_le_bytes(fields.take(bytes)?);
+            let [block_shift, reserved @ ..] = fields.take::<4>(bytes)?;
             if !(9..=16).contains(&block_shift) {
                 return bad("log2 of a block", block_shift.into());
             }
-            if flags > 1 || (flags == 0) != (metadata == 0) {
-                return bad("a namespace's flags", flags.into());
+            if reserved != [0; 3] {
+                return bad("a reserved field", u64::from(reserved[0]));
             }
-            formats.push(NamespaceFormat {
-                nsid,
-                block_shift,
-                extended_metadata: metadata,
-            });
+            formats.push(NamespaceFormat { nsid, block_shift });
         }
         Ok(Self {
             namespaces: Namespaces::new(formats),

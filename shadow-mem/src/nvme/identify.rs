@@ -15,6 +15,10 @@ pub const CNS_ACTIVE_NAMESPACES: u8 = 2;
 mod at {
     pub(super) const CMIC: usize = 76;
     pub(super) const MDTS: usize = 77;
+    pub(super) const AERL: usize = 259;
+    pub(super) const LPA: usize = 261;
+    pub(super) const ONCS: usize = 520;
+    pub(super) const OCFS: usize = 534;
     pub(super) const OACS: usize = 256;
     pub(super) const HMPRE: usize = 272;
     pub(super) const HMMIN: usize = 276;
@@ -29,6 +33,14 @@ mod at {
 /// LBA Status (bit 9). Not lent: security, format, firmware, namespace management,
 /// directives, NVMe-MI, virtualization, doorbell buffers.
 const OACS_KEPT: u16 = 1 << 4 | 1 << 9;
+
+/// Optional NVM commands (ONCS) that the engine does not carry: reservations (bit 5), which a
+/// controller that is rebuilt would lose, and Copy (bit 8).
+const ONCS_HIDDEN: u16 = 1 << 5 | 1 << 8;
+/// Log page attributes (LPA) of logs that are not lent: telemetry and persistent events.
+const LPA_HIDDEN: u8 = 1 << 3 | 1 << 4;
+/// Most asynchronous event requests at a time, 0's based: they hold admin tags for ever.
+const MAX_AERL: u8 = 15;
 
 /// log2, in pages, of the largest transfer.
 pub fn mdts(max_transfer: u32) -> u8 {
@@ -65,6 +77,13 @@ pub fn reduce_controller(data: &VolatileSlice<'_>, max_transfer: u32) {
         }
     };
     let oacs = data.read_obj::<u16>(at::OACS).unwrap_or(0);
+    let oncs = data.read_obj::<u16>(at::ONCS).unwrap_or(0);
+    let lpa = data.read_obj::<u8>(at::LPA).unwrap_or(0);
+    let aerl = data.read_obj::<u8>(at::AERL).unwrap_or(0);
+    put(at::ONCS, &(oncs & !ONCS_HIDDEN).to_le_bytes());
+    put(at::OCFS, &[0; 2]);
+    put(at::LPA, &[lpa & !LPA_HIDDEN]);
+    put(at::AERL, &[aerl.min(MAX_AERL)]);
     put(at::CMIC, &[0]);
     put(at::MDTS, &[mdts(max_transfer)]);
     put(at::OACS, &(oacs & OACS_KEPT).to_le_bytes());

@@ -84,14 +84,16 @@ impl CompletionRing {
         valid
     }
     /// Index and phase of the entry to post next. The caller has checked [`Self::is_full`].
-    pub fn produce(&mut self) -> (u32, bool) {
-        let slot = (self.tail, self.phase);
+    pub fn next(&self) -> (u32, bool) {
+        (self.tail, self.phase)
+    }
+    /// Moves the tail past one posted entry.
+    pub fn advance(&mut self) {
         self.tail += 1;
         if self.tail == self.size {
             self.tail = 0;
             self.phase = !self.phase;
         }
-        slot
     }
     /// Number of entries of the ring.
     pub fn size(&self) -> u32 {

@@ -224,6 +224,9 @@ mod tests {
         assert_eq!(collect((0, 4), 16384, &none), refused);
         let list = HashMap::from([(0x1000, 0x2000), (0x1008, 0x3008), (0x1010, 0x4000)]);
         assert_eq!(collect((0, 0x1000), 16384, &list), refused);
+        // A chain to the middle of a page, where a first list could begin.
+        let chain = HashMap::from([(0x1ff8, 0x3008)]);
+        assert_eq!(collect((0, 0x1ff8), 16384, &chain), refused);
     }
 
     #[test]

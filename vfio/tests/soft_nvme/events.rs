@@ -118,6 +118,8 @@ fn a_reset_forgets_events_and_requests() {
     for _ in 0..4 {
         request(&mut bench);
     }
+    // Once this is answered, the requests before it have been taken in.
+    bench.driver.get_feature(feature::ARBITRATION, 0).unwrap();
     bench.driver.enable().unwrap();
     let requests: Vec<_> = (0..4).map(|_| request(&mut bench)).collect();
     bench.driver.ring_sq(9, 1).unwrap();

@@ -2,7 +2,6 @@
 //! its other end.
 
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, Instant};
 
 use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::{
@@ -14,7 +13,7 @@ use farbus_shadow_mem::nvme::device::{DeviceHalf, Limits};
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_shadow_mem::session::Session;
 use farbus_vfio::config::{BarKind, ConfigImage, MsixLayout};
-use farbus_vfio::nvme::{DOORBELL_BASE, SubmissionEntry, admin, cc, reg};
+use farbus_vfio::nvme::{DOORBELL_BASE, PAGE_SIZE, SubmissionEntry, admin, cc, reg};
 use farbus_vfio::{DmaAccess, DmaWindow, Function, Iova, RegionIndex};
 use vm_memory::{MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -67,14 +66,12 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    /// Time passes: the device half looks at its controller.
-    pub(super) fn tick(&mut self) {
-        self.half.tick(Instant::now() + Duration::from_secs(1));
-    }
-
     fn serve(&mut self, messages: usize) -> Result<(), FabricError> {
         self.session.flush()?;
         for _ in 0..messages {
+            if self.half.is_backlogged() {
+                break;
+            }
             if self.session.receive(&mut self.half)? == Received::Idle {
                 break;
             }
@@ -127,8 +124,10 @@ impl Bench {
     /// A machine that has just been switched on, with its memory mapped.
     pub(super) fn new() -> Self {
         for pool in pools() {
-            let all = pool.get_slice(0, pool.size()).expect("all of it");
-            all.copy_from(&[0u8; RAM_LEN][..pool.size()]);
+            for at in (0..pool.size()).step_by(PAGE_SIZE) {
+                let page = pool.get_slice(at, PAGE_SIZE).expect("a page of it");
+                page.copy_from(&[0u8; PAGE_SIZE]);
+            }
         }
         let ground = Arc::new(Mutex::new(Ground {
             watched: pools().to_vec(),
@@ -296,7 +295,7 @@ impl Bench {
                 Err(error) => panic!("the compute half broke the protocol: {error}"),
             }
         }
-        self.function.service();
+        let _ = self.function.service();
         self.look_after_link();
     }
 
@@ -351,16 +350,7 @@ fn claim(
     let limits = Limits { tags, ..LIMITS };
     let half = DeviceHalf::open(device.clone(), limits).expect("a controller that behaves");
     check_description(half.description(), LIMITS.shadow_len);
-    let shadow = Arc::new(Mutex::new(Ground {
-        watched: vec![half.shadow().clone()],
-        windows: vec![DmaWindow {
-            iova: Iova(0),
-            memory: half.shadow().clone(),
-            offset: 0,
-            len: half.shadow().size(),
-            access: DmaAccess::ReadWrite,
-        }],
-    }));
+    let shadow = Ground::of(half.shadow());
     let description = describe(half.description());
     let session = Session::new(Box::new(wire.end(Side::Device, Epoch(epoch), &shadow)));
     let claimed = ClaimedLink {

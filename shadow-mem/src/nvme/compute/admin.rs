@@ -27,7 +27,9 @@ impl ComputeHalf {
         let verdict = match sqe.opcode() {
             admin::CREATE_CQ => self.check_create_cq(&sqe),
             admin::CREATE_SQ => self.check_create_sq(&sqe),
-            admin::DELETE_SQ => self.check_delete_sq(&sqe),
+            admin::DELETE_SQ => self.check_delete_sq(&sqe).inspect(|()| {
+                self.set_deleting(&sqe, true);
+            }),
             admin::DELETE_CQ => self.check_delete_cq(&sqe),
             admin::ABORT => return self.translate_abort(sqe),
             admin::SET_FEATURES if sqe.dword(10) as u8 == feature::NUMBER_OF_QUEUES => {
@@ -51,6 +53,9 @@ impl ComputeHalf {
     /// result that the guest gets.
     pub(super) fn settle(&mut self, sqe: &SubmissionEntry, status: Status, result: u64) -> u64 {
         if !status.is_success() {
+            if sqe.opcode() == admin::DELETE_SQ {
+                self.set_deleting(sqe, false);
+            }
             return result;
         }
         let queue = sqe.dword(10) as u16;
@@ -101,6 +106,12 @@ impl ComputeHalf {
         result
     }
 
+    fn set_deleting(&mut self, sqe: &SubmissionEntry, deleting: bool) {
+        if let Some(sq) = self.queues.sq(sqe.dword(10) as u16) {
+            sq.deleting = deleting;
+        }
+    }
+
     fn clamp_queues(&self, result: u64) -> u64 {
         let limit = u32::from(self.description.queue_pairs) - 1;
         clamp_halves(result as u32, limit).into()
@@ -111,9 +122,7 @@ impl ComputeHalf {
         if transfer::of_admin(sqe) != Ok(Transfer::None) {
             return;
         }
-        let same = |other: &SubmissionEntry| {
-            other.nsid() == sqe.nsid() && other.dword(10) as u8 == sqe.dword(10) as u8
-        };
+        let same = |other: &SubmissionEntry| feature_key(other) == feature_key(sqe);
         if let Some(known) = self.features.iter_mut().find(|other| same(other)) {
             *known = *sqe;
         } else if self.features.len() < MAX_RECORDED_FEATURES {
@@ -222,4 +231,16 @@ fn queue_size(sqe: &SubmissionEntry) -> u32 {
 /// Both halves of a number-of-queues dword, each at most `limit` (0's based).
 fn clamp_halves(dword: u32, limit: u32) -> u32 {
     (dword & 0xffff).min(limit) | (dword >> 16).min(limit) << 16
+}
+
+/// What a setting is of: namespace, feature, and for features with several values which one
+/// (NVMe 1.4 §5.21.1.4: threshold type and sensor; §5.21.1.9: interrupt vector).
+fn feature_key(sqe: &SubmissionEntry) -> (u32, u8, u32) {
+    let id = sqe.dword(10) as u8;
+    let which = match id {
+        feature::TEMPERATURE_THRESHOLD => sqe.dword(11) & 0x003f_0000,
+        feature::INTERRUPT_VECTOR => sqe.dword(11) & 0xffff,
+        _ => 0,
+    };
+    (sqe.nsid(), id, which)
 }

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 struct Vector {
     event: Option<Arc<EventFd>>,
     masked: bool,
-    /// Raised while masked.
+    /// Raised while masked or without an eventfd.
     pending: bool,
     /// Raised in the batch at hand, not signalled yet.
     raised: bool,
@@ -51,6 +51,10 @@ impl Interrupts {
             })?;
         for (vector, event) in vectors.iter_mut().zip(events) {
             vector.event.clone_from(event);
+            // A VMM that adds vectors takes all eventfds away for a moment.
+            if !vector.masked && vector.event.is_some() && std::mem::take(&mut vector.pending) {
+                signal(vector);
+            }
         }
         Ok(())
     }
@@ -83,7 +87,7 @@ impl Interrupts {
         for vector in self.raised.drain(..) {
             if let Some(entry) = self.vectors.get_mut(usize::from(vector)) {
                 entry.raised = false;
-                if entry.masked {
+                if entry.masked || entry.event.is_none() {
                     entry.pending = true;
                 } else {
                     signal(entry);

@@ -211,6 +211,10 @@ impl ComputeHalf {
 
     /// Asks for the next change, if the device is to change and has answered the last one.
     pub(super) fn send_changes(&mut self, session: &mut Session) -> Result<(), FabricError> {
+        // A guest that changes its mind again and again adds nothing to what waits.
+        if session.is_congested() {
+            return Ok(());
+        }
         if std::mem::take(&mut self.life.reset) {
             let request = RequestId(self.life.last_reset.0.wrapping_add(1));
             self.life.last_reset = request;
@@ -225,9 +229,11 @@ impl ComputeHalf {
             }
             Device::Off if wanted => {
                 self.life.device = Device::Starting;
-                self.send_cc(session, self.registers.cc | cc::EN)
+                // A shutdown that the guest has asked for comes when the device is there.
+                self.life.configure = self.registers.cc & cc::SHN_MASK != 0;
+                self.send_cc(session, self.registers.cc & !cc::SHN_MASK | cc::EN)
             }
-            Device::On if std::mem::take(&mut self.life.configure) => {
+            Device::On if self.replay.is_none() && std::mem::take(&mut self.life.configure) => {
                 self.send_cc(session, self.registers.cc)
             }
             _ => Ok(()),

@@ -20,6 +20,8 @@ pub(super) struct SubmissionQueue {
     /// Commands of this queue that are queued or at the device. Fewer than the ring has
     /// entries, since the device's own ring is as long.
     pub(super) outstanding: u32,
+    /// The guest has asked for its deletion; nothing more is fetched.
+    pub(super) deleting: bool,
 }
 
 impl SubmissionQueue {
@@ -29,6 +31,7 @@ impl SubmissionQueue {
             ring: SubmissionRing::new(size),
             completion_queue,
             outstanding: 0,
+            deleting: false,
         }
     }
 
@@ -38,10 +41,7 @@ impl SubmissionQueue {
             return Ok(None);
         };
         let mut entry = [0; SQE_SIZE];
-        memory.read(
-            Iova(self.base + u64::from(index) * SQE_SIZE as u64),
-            &mut entry,
-        )?;
+        memory.read(entry_iova(self.base, index, SQE_SIZE)?, &mut entry)?;
         Ok(Some(SubmissionEntry(entry)))
     }
 }
@@ -73,9 +73,9 @@ impl CompletionQueue {
         memory: &GuestMemory,
         mut entry: CompletionEntry,
     ) -> Result<(), NotMapped> {
-        let (index, phase) = self.ring.produce();
+        let (index, phase) = self.ring.next();
         entry.phase = phase;
-        let iova = Iova(self.base + u64::from(index) * CQE_SIZE as u64);
+        let iova = entry_iova(self.base, index, CQE_SIZE)?;
         let refused = NotMapped {
             iova,
             len: CQE_SIZE as u64,
@@ -84,8 +84,20 @@ impl CompletionQueue {
         let [low, high] = entry.to_qwords();
         slot.store(low.to_le(), 0, Ordering::Relaxed)
             .and_then(|()| slot.store(high.to_le(), 8, Ordering::Release))
-            .map_err(|_| refused)
+            .map_err(|_| refused)?;
+        self.ring.advance();
+        Ok(())
     }
+}
+
+/// The address of entry `index` of a ring whose base the guest chose.
+fn entry_iova(base: u64, index: u32, size: usize) -> Result<Iova, NotMapped> {
+    base.checked_add(u64::from(index) * size as u64)
+        .map(Iova)
+        .ok_or(NotMapped {
+            iova: Iova(base),
+            len: size as u64,
+        })
 }
 
 /// All queues of a controller; index 0 holds the admin queues.

@@ -9,12 +9,15 @@ use super::super::prp;
 use super::super::transfer::{self, Transfer};
 use super::ComputeHalf;
 use super::admin::Verdict;
+use super::lifecycle::Phase;
 use super::tags::{Origin, State};
 use crate::session::Session;
 
 /// Admin commands kept outstanding: fewer than the device's admin queue holds, with room for
 /// the device half's own.
 const ADMIN_OUTSTANDING: u32 = ADMIN_QUEUE_ENTRIES - 8;
+/// Pages of the buffer shadow that I/O leaves to admin commands.
+const ADMIN_SHADOW_PAGES: u32 = 16;
 /// Commands taken from one queue before the next has its turn.
 const BURST: usize = 32;
 
@@ -51,8 +54,12 @@ impl ComputeHalf {
     /// Fetches from all queues in turn until the batch is full or nothing is left.
     fn fill_batch(&mut self) {
         let queues = self.queues.submission.len() as u16;
+        // A guest whose I/O is stuck can still abort and delete.
+        if self.fetch_burst(0) == Fetch::NoRoom {
+            return;
+        }
         let mut idle = 0;
-        while idle < queues && !self.batch_is_full() {
+        while idle < queues && !self.batch_is_full() && self.life.takes_commands() {
             let queue = self.next_queue % queues;
             match self.fetch_burst(queue) {
                 Fetch::Taken => idle = 0,
@@ -91,7 +98,8 @@ impl ComputeHalf {
             0 => ADMIN_OUTSTANDING.min(sq.ring.size() - 1),
             _ => sq.ring.size() - 1,
         };
-        if sq.outstanding >= limit || !self.tags.is_available(queue) {
+        let stopped = sq.deleting || self.life.phase != Phase::Ready;
+        if stopped || sq.outstanding >= limit || !self.tags.is_available(queue) {
             return Fetch::Empty;
         }
         let sqe = match sq.peek(&self.memory) {
@@ -121,7 +129,8 @@ impl ComputeHalf {
             Ok(transfer)
         });
         let len = transfer.map_or(0, Transfer::len);
-        let Some(shadow) = self.shadow.allocate(len) else {
+        let reserve = if queue == 0 { 0 } else { ADMIN_SHADOW_PAGES };
+        let Some(shadow) = self.shadow.allocate(len, reserve) else {
             return Fetch::NoRoom;
         };
         let Some((tag, command)) = self.tags.take() else {

@@ -126,25 +126,26 @@ impl Tags {
 
     /// All tags that are in use, with their commands.
     pub(super) fn in_use(&mut self) -> impl Iterator<Item = (Tag, &mut Command)> {
-        (0..)
-            .map(Tag)
-            .zip(self.commands.iter_mut())
-            .filter(|(_, command)| command.state != State::Free)
+        numbered(self.commands.iter_mut()).filter(|(_, command)| command.state != State::Free)
     }
 
     /// The command that the guest knows by this queue and command identifier and that has not
     /// completed.
     pub(super) fn find(&self, queue: u16, cid: u16) -> Option<Tag> {
-        (0..)
-            .map(Tag)
-            .zip(&self.commands)
-            .find_map(|(tag, command)| {
-                let outstanding = matches!(command.state, State::Sent | State::Queued);
-                (outstanding
-                    && command.origin == Origin::Guest
-                    && command.queue == queue
-                    && command.sqe.cid() == cid)
-                    .then_some(tag)
-            })
+        numbered(self.commands.iter()).find_map(|(tag, command)| {
+            let outstanding = matches!(command.state, State::Sent | State::Queued);
+            (outstanding
+                && command.origin == Origin::Guest
+                && command.queue == queue
+                && command.sqe.cid() == cid)
+                .then_some(tag)
+        })
     }
+}
+
+/// Commands with their tags: there are at most as many as tags can be.
+fn numbered<C>(commands: impl Iterator<Item = C>) -> impl Iterator<Item = (Tag, C)> {
+    commands
+        .zip(0..=u16::MAX)
+        .map(|(command, tag)| (Tag(tag), command))
 }

@@ -18,14 +18,16 @@ impl DeviceHalf {
     /// it stays in the device's queues.
     pub(super) fn send_completions(&mut self, session: &mut Session) -> Result<(), FabricError> {
         for id in 0..self.completion.len() as u16 {
-            self.drain(id, session)?;
+            self.drain(id, false, session)?;
         }
         session.complete(&mut self.batch, &mut self.payload)
     }
 
-    fn drain(&mut self, id: u16, session: &mut Session) -> Result<(), FabricError> {
+    /// Takes what is new in one queue; with `all`, even if the network takes no more. The
+    /// number of tags bounds what can be there.
+    fn drain(&mut self, id: u16, all: bool, session: &mut Session) -> Result<(), FabricError> {
         let mut consumed = None;
-        while !session.is_congested() {
+        while all || !session.is_congested() {
             let Some(Some(cursor)) = self.completion.get_mut(usize::from(id)) else {
                 break;
             };
@@ -116,11 +118,17 @@ impl DeviceHalf {
                         size,
                         tail: 0,
                         outstanding: 0,
+                        completion_queue: (sqe.dword(11) >> 16) as u16,
                         dirty: false,
                     });
                 }
             }
             admin::DELETE_SQ => {
+                // What it has completed counts, and must not be found later under a tag that
+                // is in use again.
+                if let Some(Some(sq)) = self.submission.get(queue) {
+                    self.drain(sq.completion_queue, true, session)?;
+                }
                 // A device need not complete what it dropped (NVMe 1.4 §5.6); the guest's
                 // driver and the compute half wait for it all the same.
                 while let Some(tag) = self.tags.take_of_queue(id) {

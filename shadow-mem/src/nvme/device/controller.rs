@@ -8,6 +8,8 @@ use farbus_fabric::wire::FaultCode;
 use farbus_vfio::nvme::{DOORBELL_BASE, cap, cc, csts, reg};
 use farbus_vfio::{Function, FunctionError, Iova, RegionIndex};
 
+use log::warn;
+
 use super::super::description::ADMIN_QUEUE_ENTRIES;
 use super::super::ring::CompletionCursor;
 use super::{DeviceHalf, SubmissionQueue, fault_of};
@@ -78,6 +80,9 @@ impl Controller {
         let cap = controller.read64(reg::CAP)?;
         controller.cap = cap;
         controller.stride = 4 << ((cap & cap::DSTRD_MASK) >> cap::DSTRD_SHIFT);
+        if controller.read32(reg::CC)? & cc::EN != 0 {
+            controller.state = State::On;
+        }
         let units = (cap >> cap::TO_SHIFT & 0xff).max(2) as u32;
         controller.timeout = Duration::from_millis(500) * units;
         Ok(controller)
@@ -217,9 +222,12 @@ impl Controller {
                 self.state = State::Off;
                 Update::Stopped
             }
-            State::Starting { until } | State::Stopping { until, .. }
-                if status & csts::CFS != 0 || now > until =>
-            {
+            // Stopping is the remedy for a fatal status, which stays until it has worked.
+            State::Starting { .. } if status & csts::CFS != 0 => {
+                let text = format!("the controller failed to start (CSTS {status:#x})");
+                self.fail(FaultCode::Fatal, text)
+            }
+            State::Starting { until } | State::Stopping { until, .. } if now > until => {
                 let text = format!(
                     "the controller did not change its ready state within {} ms (CSTS {status:#x})",
                     self.timeout.as_millis()
@@ -251,11 +259,19 @@ impl DeviceHalf {
         let enable = guest & cc::EN != 0;
         let timeout = self.controller.timeout;
         let outcome = match (self.controller.state, enable) {
-            (State::Off | State::Failed, true) => self.start_controller(wanted),
+            (State::Off, true) => self.start_controller(wanted),
             (State::Off, false) => return Update::Stopped,
-            // It cannot be asked, and must not keep the guest's driver waiting.
+            // Nothing is known of what it still does: only a reset ends that.
+            (State::Failed, true) => self
+                .reset_function()
+                .and_then(|()| self.start_controller(wanted)),
             (State::Failed, false) => {
-                self.controller.last_status = 0;
+                // The guest's driver must not wait for a device that is gone. Whatever it
+                // does, it does to the buffer shadow, and it gets no command before a reset.
+                if let Err(error) = self.reset_function() {
+                    warn!("{}: {error}", self.function.info().label);
+                    self.controller.last_status = 0;
+                }
                 return Update::Stopped;
             }
             (State::Stopping { until, .. }, _) => {
@@ -284,7 +300,23 @@ impl DeviceHalf {
         }
     }
 
-    fn settle_controller(&mut self) -> Update {
+    /// Resets the function; on failure the controller counts as failed.
+    pub(super) fn reset_function(&mut self) -> Result<(), FunctionError> {
+        self.forget_commands();
+        match self.function.reset() {
+            Ok(()) => {
+                self.controller.was_reset();
+                Ok(())
+            }
+            Err(error) => {
+                self.controller.state = State::Failed;
+                Err(error)
+            }
+        }
+    }
+
+    /// Looks at the controller, and goes on with what waited for it.
+    pub(super) fn settle_controller(&mut self) -> Update {
         let then = match self.controller.state {
             State::Stopping { then, .. } => then,
             _ => None,
@@ -309,6 +341,7 @@ impl DeviceHalf {
                 size: ADMIN_QUEUE_ENTRIES,
                 tail: 0,
                 outstanding: 0,
+                completion_queue: 0,
                 dirty: false,
             });
             *cq = Some(CompletionCursor::new(ADMIN_QUEUE_ENTRIES));

@@ -16,7 +16,7 @@ mod tags;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use farbus_fabric::wire::{
     CompleteBatch, Data, FaultCode, Header, Kind, Message, RequestId, Submit, Text, WireError,
@@ -27,7 +27,6 @@ use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, RegionIndex,
 };
 use log::{debug, warn};
-use vm_memory::mmap::MmapRegion;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::arena::Arena;
@@ -37,6 +36,9 @@ use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
 use super::ring::CompletionCursor;
 use crate::session::Session;
 use crate::shadow::shared_memory;
+
+/// Answers that wait for the network before nothing more is received.
+const MAX_OUTBOX: usize = 64;
 
 /// What a claim gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +90,7 @@ struct SubmissionQueue {
     size: u32,
     tail: u32,
     outstanding: u32,
+    completion_queue: u16,
     /// Entries were placed that the doorbell does not tell of yet.
     dirty: bool,
 }
@@ -107,7 +110,7 @@ pub struct DeviceHalf {
     controller: Controller,
     vectors: u32,
     event: Arc<EventFd>,
-    /// Answers and updates to be sent; each message received adds at most one.
+    /// Answers and updates to be sent: see [`Self::is_backlogged`].
     outbox: VecDeque<Message>,
     batch: CompleteBatch,
     payload: Vec<Span>,
@@ -178,9 +181,9 @@ impl DeviceHalf {
         &self.description
     }
 
-    /// The buffer shadow.
-    pub fn shadow(&self) -> &Arc<MmapRegion> {
-        &self.shadow.memory
+    /// The buffer shadow, as the device sees it.
+    pub fn shadow(&self) -> &DmaWindow {
+        &self.shadow
     }
 
     /// Becomes readable when the device has signalled an interrupt; [`Self::interrupted`]
@@ -193,11 +196,18 @@ impl DeviceHalf {
     pub fn interrupted(&mut self, session: &mut Session) -> Result<(), FabricError> {
         // Whatever comes after this read signals again.
         let _ = self.event.read();
-        self.send_completions(session)
+        self.pump(session)
     }
 
     /// Sends answers and updates, and whatever else waited for the network.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
+        self.send_outbox(session)?;
+        self.send_completions(session)?;
+        // The device may have turned out to be gone meanwhile.
+        self.send_outbox(session)
+    }
+
+    fn send_outbox(&mut self, session: &mut Session) -> Result<(), FabricError> {
         while let Some(message) = self.outbox.front() {
             if session.is_congested() {
                 return Ok(());
@@ -205,12 +215,17 @@ impl DeviceHalf {
             session.send(message)?;
             self.outbox.pop_front();
         }
-        self.send_completions(session)
+        Ok(())
+    }
+
+    /// Whether so many answers wait for the network that no more questions must be received.
+    pub fn is_backlogged(&self) -> bool {
+        self.outbox.len() >= MAX_OUTBOX
     }
 
     /// Looks after a controller that changes its state, and notices one that has failed.
-    pub fn tick(&mut self, now: Instant) {
-        let update = self.controller.tick(now);
+    pub fn tick(&mut self) {
+        let update = self.settle_controller();
         self.report(update);
     }
 
@@ -303,9 +318,7 @@ impl DeviceHalf {
     }
 
     fn reset(&mut self, request: RequestId) {
-        let outcome = self.function.reset();
-        self.forget_commands();
-        self.controller.was_reset();
+        let outcome = self.reset_function();
         if let Err(error) = &outcome {
             warn!("{}: reset failed: {error}", self.function.info().label);
         }

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use farbus_vfio::nvme::{CompletionEntry, SubmissionEntry, admin, cc};
+use farbus_vfio::nvme::{CompletionEntry, SubmissionEntry, admin, cap, cc};
 use log::info;
 
 use super::super::description::{
@@ -23,6 +23,15 @@ const POLL: Duration = Duration::from_millis(1);
 impl DeviceHalf {
     /// Enables the controller, asks, and disables it again.
     pub(super) fn probe(&mut self) -> Result<(), DeviceError> {
+        let cap = self.controller.cap;
+        if cap & cap::MPSMIN_MASK != 0 || cap & cap::CSS_NVM == 0 {
+            return Err(DeviceError::Controller(format!(
+                "has no pages of 4 KiB or no NVM command set (CAP {cap:#x})"
+            )));
+        }
+        // One that could not be reset may still be enabled.
+        self.configure(0);
+        self.wait_for(|update| matches!(update, Update::Stopped))?;
         self.start_controller(6 << cc::IOSQES_SHIFT | 4 << cc::IOCQES_SHIFT | cc::EN)?;
         self.wait_for(|update| matches!(update, Update::Started))?;
         let controller = self.identify(0, identify::CNS_CONTROLLER)?;
@@ -35,7 +44,9 @@ impl DeviceHalf {
             namespaces: self.ask_namespaces(&controller)?,
         };
         self.prepare_host_memory(&controller)?;
-        self.configure(0);
+        if let Update::Failed { text, .. } = self.configure(0) {
+            return Err(DeviceError::Controller(text));
+        }
         self.wait_for(|update| matches!(update, Update::Stopped))?;
         self.outbox.clear();
         Ok(())
@@ -138,7 +149,7 @@ impl DeviceHalf {
             match namespace_format(nsid, &data) {
                 Some(format) => formats.push(format),
                 None => info!(
-                    "{}: namespace {nsid} is left out: its metadata is kept apart from its data",
+                    "{}: namespace {nsid} is left out: it is formatted with metadata",
                     self.function.info().label
                 ),
             }
@@ -164,10 +175,7 @@ fn namespace_format(nsid: u32, data: &[u8]) -> Option<NamespaceFormat> {
         return None;
     };
     let metadata = u16::from_le_bytes([low, high]);
-    let extended = flbas & 0x10 != 0;
-    ((9..=16).contains(&block_shift) && (metadata == 0 || extended)).then_some(NamespaceFormat {
-        nsid,
-        block_shift,
-        extended_metadata: metadata,
-    })
+    // With metadata, how long a transfer is depends on what the drive does with it.
+    ((9..=16).contains(&block_shift) && metadata == 0)
+        .then_some(NamespaceFormat { nsid, block_shift })
 }

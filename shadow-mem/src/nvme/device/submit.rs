@@ -5,6 +5,7 @@ use farbus_fabric::{FabricError, Span};
 use farbus_vfio::Iova;
 use farbus_vfio::nvme::{PAGE_SIZE, SubmissionEntry, admin};
 use log::debug;
+use vm_memory::VolatileMemory;
 
 use super::super::description::MAX_QUEUE_ENTRIES;
 use super::super::prp;
@@ -37,6 +38,16 @@ impl DeviceHalf {
             memory: self.shadow.memory.clone(),
             offset: offset as usize,
             len: len as usize,
+        }
+    }
+
+    fn clear_shadow(&self, offset: u32, len: u32) {
+        let zeroes = [0u8; PAGE_SIZE];
+        for at in (offset..offset + len).step_by(PAGE_SIZE) {
+            let part = (offset + len - at).min(PAGE_SIZE as u32) as usize;
+            if let Ok(slice) = self.shadow.memory.get_slice(at as usize, part) {
+                slice.copy_from(&zeroes[..part]);
+            }
         }
     }
 
@@ -127,6 +138,11 @@ impl DeviceHalf {
         if queue == 0 {
             self.translate_create(&mut sqe);
         }
+        // A device need not fill all that an admin command gives it; what was there before is
+        // not for this guest. Of the I/O commands only Read brings data, and fills it.
+        if let (Transfer::FromDevice(len), 0) = (declared, queue) {
+            self.clear_shadow(placement.shadow_offset, len);
+        }
         let sq = match self.submission.get_mut(usize::from(queue)) {
             Some(Some(sq)) if sq.outstanding < sq.size - 1 => sq,
             _ => {
@@ -178,7 +194,12 @@ impl DeviceHalf {
                 let vector = (sqe.dword(11) >> 16).min(self.vectors - 1);
                 sqe.set_dword(11, vector << 16 | 0b11);
             }
-            admin::CREATE_SQ => sqe.set_prps(self.arena.sq(id).0, 0),
+            admin::CREATE_SQ => {
+                sqe.set_prps(self.arena.sq(id).0, 0);
+                // Contiguous, whatever the peer says: else the device takes the queue itself
+                // for a list of pages.
+                sqe.set_dword(11, sqe.dword(11) | 1);
+            }
             _ => {}
         }
     }
