@@ -1,0 +1,265 @@
+//! Writes the committed seeds: for each target a few short stories that a fuzzer would take
+//! long to come upon. `cargo run --example seeds`, in this directory; the same bytes each time.
+
+use std::fs;
+use std::path::Path;
+
+use farbus_fabric::wire::{
+    CompleteBatch, CompleteEntry, Data, Direction, Epoch, Header, Kind, Label, Message, Placement,
+    QueueId, RequestId, SubmitBatch, Tag,
+};
+use farbus_fuzz::{device, guest};
+use farbus_vfio::config::{BarKind, ConfigImage, MsixLayout};
+use farbus_vfio::{RegionIndex, nvme};
+
+type Seed = (&'static str, Vec<u8>);
+
+fn main() -> std::io::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds");
+    for (target, seeds) in [
+        ("vfio_user_session", vfio_user()),
+        ("fabric_frame", fabric()),
+        ("nvme_guest", guest_scripts()),
+        ("nvme_device", device_scripts()),
+        ("config_space", config()),
+    ] {
+        let folder = root.join(target);
+        fs::create_dir_all(&folder)?;
+        for (name, bytes) in seeds {
+            fs::write(folder.join(name), bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// A vfio-user message: header and body as little-endian dwords.
+fn message(command: u16, no_reply: bool, dwords: &[u32]) -> Vec<u8> {
+    let body: Vec<u8> = dwords.iter().flat_map(|d| d.to_le_bytes()).collect();
+    vfio_user_message(command, no_reply, &body)
+}
+
+fn vfio_user_message(command: u16, no_reply: bool, body: &[u8]) -> Vec<u8> {
+    const NO_REPLY: u32 = 1 << 4;
+    let mut bytes = [1u16.to_le_bytes(), command.to_le_bytes()].concat();
+    bytes.extend((16 + body.len() as u32).to_le_bytes());
+    bytes.extend((if no_reply { NO_REPLY } else { 0 }).to_le_bytes());
+    bytes.extend([0; 4]);
+    bytes.extend(body);
+    bytes
+}
+
+fn vfio_user() -> Vec<Seed> {
+    let capabilities = b"\0\0\x01\0{\"capabilities\":{\"max_msg_fds\":8,\"write_multiple\":true,\
+        \"max_data_xfer_size\":1048576,\"pgsizes\":4096}}\0";
+    let hello = vfio_user_message(1, false, capabilities);
+    let conversation = |messages: &[Vec<u8>]| {
+        let whole = [vec![255], hello.clone(), messages.concat()];
+        whole.concat()
+    };
+    let ask = [
+        message(4, false, &[16, 0, 0, 0]),
+        message(5, false, &[32, 0, 0, 0, 0, 0, 0, 0]),
+        message(5, false, &[32, 0, 7, 0, 0, 0, 0, 0]),
+        message(7, false, &[16, 0, 2, 0]),
+    ];
+    let access = [
+        message(9, false, &[0, 0, 7, 4]),
+        message(10, false, &[4, 0, 7, 4, 6]),
+        message(10, true, &[0x14, 0, 0, 4, 0x46_0001]),
+        message(9, false, &[0x1c, 0, 0, 4]),
+        message(15, true, &[2, 0, 0x1000, 0, 0, 4, 1, 0, 0x1004, 0, 0, 4, 1, 0]),
+    ];
+    let memory = [
+        message(2, false, &[32, 3, 0, 0, 0x10_0000, 0, 0x1000, 0]),
+        message(3, false, &[24, 0, 0x10_0000, 0, 0x1000, 0]),
+        message(3, false, &[24, 2, 0, 0, 0, 0]),
+    ];
+    let interrupts = [
+        message(8, false, &[20, 0x24, 2, 0, 0]),
+        message(8, false, &[20, 0x09, 2, 0, 1]),
+        message(8, false, &[24, 0x12, 2, 0, 4, 0x0101_0101]),
+        message(8, false, &[20, 0x21, 2, 0, 1]),
+        message(13, false, &[]),
+    ];
+    vec![
+        ("ask", conversation(&ask)),
+        ("access", conversation(&access)),
+        ("memory", conversation(&memory)),
+        ("interrupts", conversation(&interrupts)),
+    ]
+}
+
+fn plain(message: &Message, epoch: u64) -> Vec<u8> {
+    let mut control = Vec::new();
+    let header = message.encode(&mut control).expect("a message");
+    frame(header, epoch, &control, &[])
+}
+
+fn frame(header: Header, epoch: u64, control: &[u8], payload: &[u8]) -> Vec<u8> {
+    let epoch = Epoch(epoch);
+    [&Header { epoch, ..header }.encode()[..], control, payload].concat()
+}
+
+fn fabric() -> Vec<Seed> {
+    const EPOCH: u64 = 7;
+    // Bit 0: the device side. Bit 1: not claimed. From bit 4 on, the length of pieces.
+    let (to_compute, to_device, set_up) = (0x80, 0x81, 0x83);
+    let hello = Message::Hello {
+        oldest: 1,
+        newest: 1,
+        label: Label::truncated("seed"),
+    };
+    let mut submit = SubmitBatch::new();
+    let placement = Placement {
+        tag: Tag(1),
+        queue: QueueId(1),
+        shadow_offset: 0,
+        data_len: 100,
+        direction: Direction::ToDevice,
+    };
+    submit.push(&placement, &[1; 64], &[]).expect("room");
+    let mut complete = CompleteBatch::new();
+    let entry = CompleteEntry {
+        tag: Tag(1),
+        queue: QueueId(1),
+        status: 0,
+        data_len: 64,
+        result: 5,
+    };
+    complete.push(&entry).expect("room");
+    let write = Message::RegisterWrite {
+        region: 0,
+        offset: 0x14,
+        data: Data::new(&[1, 0, 0x46, 0]).expect("short"),
+    };
+    let ping = Message::Ping { nonce: 9 };
+    let reset = Message::Reset {
+        request: RequestId(1),
+    };
+    let done = Message::ResetDone {
+        request: RequestId(1),
+        outcome: Ok(()),
+    };
+    vec![
+        ("hello", [vec![set_up], plain(&hello, 0)].concat()),
+        (
+            "submit",
+            [
+                vec![to_device],
+                plain(&write, EPOCH),
+                frame(submit.header(), EPOCH, submit.control(), &[0xaa; 100]),
+                plain(&reset, EPOCH),
+            ]
+            .concat(),
+        ),
+        (
+            "complete",
+            [
+                vec![to_compute],
+                frame(complete.header(), EPOCH, complete.control(), &[0x55; 64]),
+                plain(&ping, EPOCH),
+                plain(&done, EPOCH),
+            ]
+            .concat(),
+        ),
+    ]
+}
+
+fn config() -> Vec<Seed> {
+    let layout = MsixLayout {
+        vectors: 8,
+        table: (RegionIndex::BAR0, 0x2000),
+        pba: (RegionIndex::BAR0, 0x3000),
+    };
+    let image = ConfigImage::new(0x4642, 1, nvme::PCI_CLASS)
+        .bar(0, BarKind::Memory64)
+        .power_management()
+        .msix(layout)
+        .express()
+        .build();
+    // One region, index 0, of 2^14 bytes; an image of 256 bytes.
+    let mut script = vec![1, 0, 14, 0];
+    let dwords = image[..256].chunks_exact(4).enumerate();
+    let set: Vec<_> = dwords.filter(|(_, dword)| *dword != [0; 4]).collect();
+    script.push(set.len() as u8);
+    for (index, dword) in set {
+        script.push(index as u8 * 4);
+        script.extend(dword);
+    }
+    // Command register, then the first BAR: offset, length, write, value.
+    script.extend([4, 0, 2, 0, 6, 0]);
+    script.extend([0x10, 0, 4, 0, 0xff, 0xff, 0xff, 0xff]);
+    vec![("nvme", script)]
+}
+
+fn guest_scripts() -> Vec<Seed> {
+    use guest::step::*;
+    // Sizes of 64 entries at the usual place; queue 1 of 16 entries.
+    let ready = vec![BRING_UP, 0, 0, 0, CREATE_QUEUES, 1, 0, 0, 0];
+    let with = |steps: &[&[u8]]| [ready.clone(), steps.concat()].concat();
+    // Queue 1: three times 8 blocks of namespace 1, by two pages.
+    let read: &[u8] = &[COMMANDS, 1, 2, 0, 0, 0, 0, 1, 7];
+    let write: &[u8] = &[COMMANDS, 1, 2, 1, 0, 0, 2, 3, 7];
+    // 24 pages of namespace 2 by a list in page 32.
+    let list: &[u8] = &[PRP_LIST, 32, 30, 0, 0, 4];
+    let long: &[u8] = &[COMMANDS, 1, 0, 0, 0, 1, 0, 32, 11];
+    let complete: &[u8] = &[COMPLETE, 0, 31, 0, 0];
+    let serve: &[u8] = &[SERVE, 7];
+    let consume: &[u8] = &[CONSUME, 1, 3];
+    let cut: &[u8] = &[CUT, SERVE, 1];
+    let reconnect: &[u8] = &[RECONNECT, 0];
+    let delete: &[u8] = &[COMMANDS, 0, 0, 6, 0, 0, 0, 0, 1];
+    let shutdown: &[u8] = &[WRITE_REGISTER, 0, 0, 1, 0x40, 0x46, 0];
+    let disable: &[u8] = &[WRITE_REGISTER, 0, 0, 0, 0, 0x46, 0];
+    let events: &[u8] = &[INTERRUPTS, 0, 0, 1, 8, 0, INTERRUPTS, 1, 1, 1];
+    let split: &[u8] = &[NETWORK, 0, 2];
+    let unmap: &[u8] = &[UNMAP, 192, 0, 255];
+    // Two completions by tag, and a fatal status of CSTS.
+    let forged: &[u8] = &[INJECT, 0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0];
+    let fatal: &[u8] = &[DEVICE_STATUS, 1, SERVE, 4];
+    // The admin ring full of what no controller has.
+    let nonsense: &[u8] = &[COMMANDS, 0, 255, 0, 1, 255, 0xff, 0, 0, 0, 0];
+    vec![
+        ("read_and_write", with(&[events, read, write, serve, complete, serve, consume])),
+        ("lists", with(&[list, long, serve, complete, serve])),
+        ("link_lost", with(&[read, write, serve, cut, reconnect, serve, serve, complete, serve])),
+        ("reset_under_load", with(&[read, serve, &[RESET], serve, complete, serve])),
+        ("shutdown", with(&[delete, serve, shutdown, serve, disable, serve])),
+        ("taken_back", with(&[split, read, serve, complete, serve, unmap, serve])),
+        ("forged", with(&[read, serve, forged, serve, fatal])),
+        ("nonsense", with(&[nonsense, serve])),
+    ]
+}
+
+fn device_scripts() -> Vec<Seed> {
+    use device::step::*;
+    let plain: &[u8] = &[1, CONFIGURE, 0, SERVE];
+    // Identify data of its own, with a namespace of 4096 bytes and host memory wanted.
+    let strange: &[u8] = &[
+        0, 1, 2, 77, 0, 4, 0x12, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 1, 0, 0, 7, 0,
+        7, 0, CONFIGURE, 0, SERVE,
+    ];
+    let queues: &[u8] = &[CREATE_QUEUES, 1, 16, 15, 0, 0, 0, 0, 1, SERVE];
+    // Two reads of 8 blocks: queue, opcode, flags, namespace, mptr, blocks, kind, page, tag.
+    let reads: &[u8] = &[
+        SUBMIT, 1, 1, 0, 0, 1, 0, 7, 0, 0, 2, 1, 0, 0, 1, 0, 15, 0, 4, 3, SERVE,
+    ];
+    let write: &[u8] = &[SUBMIT, 0, 1, 1, 0, 1, 0, 63, 0, 8, 4, SERVE];
+    let identify: &[u8] = &[SUBMIT, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 40, 9, SERVE];
+    let complete: &[u8] = &[COMPLETE, 0, 31, 0, 0, SERVE];
+    let forge: &[u8] = &[FORGE, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 0, SERVE];
+    let reset: &[u8] = &[RESET, 1, SERVE, CONFIGURE, 0, SERVE];
+    let gone: &[u8] = &[DEVICE, 5, TICK, SERVE, CONFIGURE, 170, SERVE];
+    let ask: &[u8] = &[ACCESS, 1, 0, 0, 0, 0, 4, ACCESS, 2, 0, 0, 1, 4, SERVE];
+    let ping = Kind::ALL.iter().position(|kind| *kind == Kind::Ping);
+    let ping = ping.expect("a kind") as u8;
+    let any: &[u8] = &[FRAME, ping, 8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, SERVE];
+    vec![
+        ("read_and_write", [plain, queues, reads, write, complete].concat()),
+        ("strange", [strange, identify, queues, reads, complete].concat()),
+        ("forged", [plain, queues, reads, forge, forge].concat()),
+        ("reset", [plain, queues, reads, reset, queues, reads, complete].concat()),
+        ("gone", [plain, queues, reads, gone].concat()),
+        ("ask", [plain, ask, identify, any].concat()),
+    ]
+}
