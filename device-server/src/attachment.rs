@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
+use farbus_fabric::wire::Message;
 use farbus_fabric::{FabricError, Received};
 use farbus_shadow_mem::nvme::device::DeviceHalf;
 use farbus_shadow_mem::session::Session;
@@ -12,6 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Silence after which the claimant is taken for dead. A live one says something every second.
 const SILENCE: Duration = Duration::from_secs(5);
+/// A second without a word from this side is followed by one.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// Messages received before other work has its turn.
 const RECEIVE_BURST: usize = 64;
 
@@ -37,6 +40,9 @@ pub struct Attachment {
     /// Bytes received by the last look, and when there last were more than before.
     received: u64,
     heard: Instant,
+    /// Bytes sent by the last look for that, and when it was.
+    sent: u64,
+    spoke: Instant,
     ticked: Instant,
     /// More may have arrived than was received: the link need not become readable for it.
     more: bool,
@@ -51,6 +57,8 @@ impl Attachment {
             session,
             received: 0,
             heard: now,
+            sent: 0,
+            spoke: now,
             ticked: now,
             more: false,
         }
@@ -146,6 +154,15 @@ impl Attachment {
             self.received = received;
             self.heard = now;
         }
+        if now >= self.spoke + SIGN_OF_LIFE {
+            self.spoke = now;
+            let sent = self.session.counters().bytes_sent;
+            // A claimant that is sending something large over a slow network waits for none.
+            if sent == self.sent && !self.session.is_congested() {
+                self.session.send(&Message::Ping { nonce: 0 })?;
+            }
+            self.sent = sent;
+        }
         if now > self.heard + SILENCE {
             return Err(FabricError::Timeout {
                 what: "a sign of life of the compute agent",
@@ -160,7 +177,9 @@ impl Attachment {
         if self.more {
             return 0;
         }
-        let due = (self.ticked + self.half.next_tick()).min(self.heard + SILENCE);
+        let due = (self.ticked + self.half.next_tick())
+            .min(self.heard + SILENCE)
+            .min(self.spoke + SIGN_OF_LIFE);
         let left = due.saturating_duration_since(Instant::now());
         left.as_millis() as i32 + 1
     }

@@ -53,7 +53,7 @@ Prints one line that begins with \"ready\" when the export can be claimed.
 #[derive(Args)]
 struct ExportArgs {
     /// A software NVMe drive on a file or block device:
-    /// path=PATH[,size=SIZE][,block-size=512|4096][,serial=TEXT]. With size= a missing file
+    /// `path=PATH[,size=SIZE][,block-size=512|4096][,serial=TEXT]`. With size= a missing file
     /// is made; an existing one is never shrunk or overwritten.
     #[arg(long, value_name = "SPEC")]
     soft_nvme: SoftNvmeConfig,

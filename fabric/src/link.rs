@@ -108,6 +108,8 @@ pub struct Counters {
     pub payload_received: u64,
     /// Bytes received, of whole and of unfinished messages: a sign of life.
     pub bytes_received: u64,
+    /// Bytes sent, of whole and of unfinished messages.
+    pub bytes_sent: u64,
     /// System calls made (or work requests posted) to send.
     pub send_calls: u64,
     /// System calls made (or completions polled) to receive.
@@ -158,6 +160,10 @@ pub trait Link: Send {
     /// Guarantees that nothing received from now on lands in `memory[offset .. offset + len]`,
     /// also not the rest of a payload that is arriving: its bytes there are dropped.
     fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize);
+
+    /// Whether a frame that is queued has payload in `memory[offset .. offset + len]`: then it
+    /// will be sent with whatever is there at that time.
+    fn is_sending(&self, memory: &Arc<MmapRegion>, offset: usize, len: usize) -> bool;
 
     /// Sends a frame, or queues what the network does not take now. Frames are never
     /// dropped and never reordered. The caller heeds [`Self::is_congested`]; a link refuses

@@ -418,6 +418,11 @@ impl Function for RemoteFunction {
         let mut state = self.state();
         let gone = state.half.unmap(iova, len)?;
         state.with_session(|_, session| {
+            // What is still to be sent would go out with whatever is there by then; a frame
+            // that is cut off is never acted on, and is sent again on the next link.
+            if gone.iter().any(|window| session.is_sending(window)) {
+                return Err(FabricError::Closed);
+            }
             for window in &gone {
                 session.revoke(window);
                 session.unregister(window, window.iova.0);

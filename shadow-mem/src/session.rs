@@ -157,6 +157,12 @@ impl Session {
         self.link.unregister(&span_of(window), address);
     }
 
+    /// See [`Link::is_sending`].
+    pub fn is_sending(&self, window: &DmaWindow) -> bool {
+        self.link
+            .is_sending(&window.memory, window.offset, window.len)
+    }
+
     /// See [`Link::revoke`].
     pub fn revoke(&mut self, window: &DmaWindow) {
         self.link.revoke(&window.memory, window.offset, window.len);

@@ -113,6 +113,11 @@ impl ShadowAllocator {
         self.free += range.pages;
     }
 
+    /// How many pages are in use.
+    pub fn used_pages(&self) -> u32 {
+        self.pages - self.free
+    }
+
     /// How many pages are free.
     pub fn free_pages(&self) -> u32 {
         self.free

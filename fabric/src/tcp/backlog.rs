@@ -5,6 +5,9 @@
 //! its size is the bound, so a peer that reads slowly costs no memory.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+
+use vm_memory::MmapRegion;
 
 use super::raw::Gather;
 use crate::wire::HEADER_LEN;
@@ -88,6 +91,24 @@ impl Backlog {
 
     pub(super) fn is_empty(&self) -> bool {
         self.frames.is_empty()
+    }
+
+    /// Whether payload waits in `memory[offset .. offset + len]`.
+    pub(super) fn has_payload_in(
+        &self,
+        memory: &Arc<MmapRegion>,
+        offset: usize,
+        len: usize,
+    ) -> bool {
+        let end = offset.saturating_add(len);
+        self.pieces.iter().any(|piece| match piece {
+            Piece::Control(_) => false,
+            Piece::Memory(span) => {
+                Arc::ptr_eq(&span.memory, memory)
+                    && span.offset < end
+                    && span.offset + span.len > offset
+            }
+        })
     }
 
     /// Spans that wait, or more: the pieces of control are counted too.

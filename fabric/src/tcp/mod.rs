@@ -79,6 +79,7 @@ impl TcpLink {
         match gather.send(stream.as_fd()) {
             Ok(sent) => {
                 let sent = sent.unwrap_or(0);
+                counters.bytes_sent += sent as u64;
                 Ok((sent, sent == gather.bytes()))
             }
             Err(source) => Err(FabricError::Io {
@@ -179,6 +180,10 @@ impl Link for TcpLink {
 
     fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize) {
         self.receiver.revoke(memory, offset, len);
+    }
+
+    fn is_sending(&self, memory: &Arc<MmapRegion>, offset: usize, len: usize) -> bool {
+        self.backlog.has_payload_in(memory, offset, len)
     }
 
     fn send(&mut self, frame: &Frame<'_>) -> Result<(), FabricError> {

@@ -161,7 +161,11 @@ impl ComputeHalf {
         exists: impl Fn(&Self, usize) -> bool,
     ) -> Result<(), Status> {
         let id = (sqe.dword(10) & 0xffff) as usize;
-        if id == 0 || id > usize::from(self.description.queue_pairs) || exists(self, id) {
+        let possible = (1..=usize::from(self.description.queue_pairs)).contains(&id);
+        // One that is being created may exist at the device by now, which takes a second
+        // creation for a mistake of ours.
+        let is_taken = exists(self, id) || self.tags.has_sent_admin(sqe.opcode(), id as u16);
+        if !possible || is_taken {
             return Err(Status::INVALID_QID);
         }
         Ok(())

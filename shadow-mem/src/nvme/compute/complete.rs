@@ -34,6 +34,7 @@ impl Sink for ComputeHalf {
             for entry in Complete::decode(header, control)?.entries() {
                 self.completed(&entry)?;
             }
+            self.landing.clear();
             self.interrupts.signal();
             return Ok(());
         }
@@ -49,6 +50,7 @@ impl Sink for ComputeHalf {
             Message::Fault { code, text } => {
                 self.device_failed(&format!("{code:?}: {}", text.as_str()));
             }
+            Message::Ping { nonce } => self.pong = Some(nonce),
             Message::Pong { .. } => {}
             // Everything else is the link's own business or has no meaning to this engine.
             other => debug!("ignored {other:?}"),

@@ -51,10 +51,7 @@ impl Interrupts {
             })?;
         for (vector, event) in vectors.iter_mut().zip(events) {
             vector.event.clone_from(event);
-            // A VMM that adds vectors takes all eventfds away for a moment.
-            if !vector.masked && vector.event.is_some() && std::mem::take(&mut vector.pending) {
-                signal(vector);
-            }
+            signal_pending(vector);
         }
         Ok(())
     }
@@ -67,9 +64,7 @@ impl Interrupts {
             ))
         })?;
         entry.masked = masked;
-        if !masked && std::mem::take(&mut entry.pending) {
-            signal(entry);
-        }
+        signal_pending(entry);
         Ok(())
     }
 
@@ -103,6 +98,14 @@ impl Interrupts {
             vector.pending = false;
             vector.raised = false;
         }
+    }
+}
+
+/// Makes up for what was raised while it could not be signalled. A VMM that adds vectors
+/// takes all eventfds away for a moment, masked or not.
+fn signal_pending(vector: &mut Vector) {
+    if !vector.masked && vector.event.is_some() && std::mem::take(&mut vector.pending) {
+        signal(vector);
     }
 }
 

@@ -145,7 +145,7 @@ impl ComputeHalf {
     fn device_is_off(&mut self) {
         self.life.device = Device::Off;
         self.life.stop = false;
-        self.release_all(State::Dropped);
+        self.release(|state| state == State::Dropped);
         if self.life.phase == Phase::Disabling {
             self.disabled();
         }

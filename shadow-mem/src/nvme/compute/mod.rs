@@ -4,7 +4,7 @@
 //! guest once, checked, given a tag and sent; its completion comes back by tag, with the data
 //! landing straight in guest memory. Registers are answered here, always at once. The half
 //! survives its link: while there is none, commands wait as on a slow disk, and on a new
-//! link the controller is rebuilt from what the guest had set up ([`replay`]).
+//! link the controller is rebuilt from what the guest had set up (`replay`).
 
 mod admin;
 mod complete;
@@ -13,6 +13,7 @@ mod lifecycle;
 mod queues;
 mod registers;
 mod replay;
+mod segments;
 mod submit;
 mod tags;
 
@@ -20,7 +21,7 @@ pub use replay::Changed;
 
 use std::sync::Arc;
 
-use farbus_fabric::wire::Tag;
+use farbus_fabric::wire::{self, Message, Tag};
 use farbus_fabric::{FabricError, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, SubmissionEntry};
 use farbus_vfio::{DmaWindow, FunctionError, Iova};
@@ -33,11 +34,21 @@ use self::lifecycle::{Lifecycle, Phase};
 use self::queues::Queues;
 use self::registers::{Change, Registers};
 use self::replay::Replay;
+use self::segments::Segments;
 use self::tags::{State, Tags};
 use super::description::NvmeDescription;
-use crate::guest::GuestMemory;
+use crate::guest::{GuestMemory, Segment};
 use crate::session::{Session, SubmitBatch};
 use crate::shadow::{ShadowAllocator, shared_memory};
+
+/// What the commands that are not answered yet hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outstanding {
+    /// Commands, each with a tag.
+    pub commands: u16,
+    /// Pages of the buffer shadow.
+    pub shadow_pages: u32,
+}
 
 /// One guest's controller. See the module's own description.
 pub struct ComputeHalf {
@@ -48,6 +59,7 @@ pub struct ComputeHalf {
     queues: Queues,
     tags: Tags,
     shadow: ShadowAllocator,
+    segments: Segments,
     shadow_len: u32,
     interrupts: Interrupts,
     /// What the guest set with Set Features, to be set again on a rebuilt controller.
@@ -55,7 +67,11 @@ pub struct ComputeHalf {
     replay: Option<Replay>,
     /// The submission queue that fetching goes on with.
     next_queue: u16,
+    /// The device side asked for a sign of life.
+    pong: Option<u64>,
     batch: SubmitBatch,
+    /// The commands whose data is arriving.
+    landing: Vec<Tag>,
     /// Where data lands that the guest no longer wants.
     scratch: Arc<MmapRegion>,
 }
@@ -76,12 +92,15 @@ impl ComputeHalf {
             queues: Queues::new(),
             tags: Tags::new(tags),
             shadow: ShadowAllocator::new(shadow_len),
+            segments: Segments::new(shadow_len, description.max_transfer),
             shadow_len,
             interrupts: Interrupts::new(vectors),
             features: Vec::new(),
             replay: None,
             next_queue: 0,
+            pong: None,
             batch: SubmitBatch::new(),
+            landing: Vec::with_capacity(wire::MAX_ENTRIES.into()),
             scratch: shared_memory("farbus-scratch", description.max_transfer as usize)?,
             description,
         })
@@ -99,13 +118,10 @@ impl ComputeHalf {
     /// Takes a write to BAR0. What it sets off is sent by the next [`Self::pump`].
     pub fn register_write(&mut self, offset: u64, data: &[u8]) {
         if offset >= DOORBELL_BASE {
-            if let (Ok(value), 0) = (<[u8; 4]>::try_from(data), offset % 4) {
-                let index = (offset - DOORBELL_BASE) / 4;
-                self.doorbell(
-                    (index / 2) as u16,
-                    index % 2 == 1,
-                    u32::from_le_bytes(value),
-                );
+            let index = (offset - DOORBELL_BASE) / 4;
+            let queue = u16::try_from(index / 2);
+            if let (Ok(queue), Ok(value), 0) = (queue, <[u8; 4]>::try_from(data), offset % 4) {
+                self.doorbell(queue, index % 2 == 1, u32::from_le_bytes(value));
             }
             return;
         }
@@ -146,28 +162,29 @@ impl ComputeHalf {
     fn drop_commands(&mut self) {
         self.queues.clear();
         self.replay = None;
-        let mut at_device = 0;
+        self.release(|state| matches!(state, State::Queued | State::Held { .. }));
         for (_, command) in self.tags.in_use() {
-            if matches!(command.state, State::Sent) {
-                command.state = State::Dropped;
-                at_device += 1;
-            } else if command.state != State::Dropped {
-                command.state = State::Queued;
-            }
+            command.state = State::Dropped;
         }
-        self.release_all(State::Queued);
-        debug!("dropped {at_device} commands that are at the device");
     }
 
-    /// Frees all commands in `state`.
-    fn release_all(&mut self, state: State) {
+    /// Frees all commands in certain states.
+    fn release(&mut self, which: impl Fn(State) -> bool) {
         for tag in (0..self.tags.len()).map(Tag) {
             if let Some(command) = self.tags.get(tag) {
-                if command.state == state {
+                if which(command.state) {
                     self.shadow.release(command.shadow);
                     self.tags.free(tag);
                 }
             }
+        }
+    }
+
+    /// What is held now; nothing, once every command has had its answer.
+    pub fn outstanding(&self) -> Outstanding {
+        Outstanding {
+            commands: self.tags.in_use_count(),
+            shadow_pages: self.shadow.used_pages(),
         }
     }
 
@@ -176,10 +193,20 @@ impl ComputeHalf {
         self.memory.map(window)
     }
 
-    /// Takes guest memory back: when this returns, nothing of it is read or written. Returns
-    /// the windows that went.
+    /// Takes guest memory back: nothing is fetched from it or lands in it any more. Returns the
+    /// windows that went.
     pub fn unmap(&mut self, iova: Iova, len: u64) -> Result<Vec<DmaWindow>, FunctionError> {
-        self.memory.unmap(iova, len)
+        let gone = self.memory.unmap(iova, len)?;
+        // Data that is arriving there is dropped from here on, and its command must say so.
+        for tag in &self.landing {
+            let Some(command) = self.tags.get_mut(*tag) else {
+                continue;
+            };
+            let segments = self.segments.of(command.shadow, command.segments);
+            let lost = |s: &Segment| !self.memory.covers(s.iova, s.len.into(), true);
+            command.landing_failed |= segments.iter().any(lost);
+        }
+        Ok(gone)
     }
 
     /// The guest memory that is mapped.
@@ -204,6 +231,10 @@ impl ComputeHalf {
     /// Sends all that waits: resets, register writes, then new commands while the link takes
     /// them.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
+        if let (Some(nonce), false) = (self.pong, session.is_congested()) {
+            self.pong = None;
+            session.send(&Message::Pong { nonce })?;
+        }
         self.send_changes(session)?;
         if self.life.takes_commands() {
             self.send_commands(session)?;

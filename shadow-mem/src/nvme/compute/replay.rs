@@ -58,6 +58,7 @@ impl ComputeHalf {
     pub fn link_lost(&mut self) {
         self.device_is_lost();
         self.batch.clear();
+        self.landing.clear();
         self.replay = None;
         for (_, command) in self.tags.in_use() {
             if command.state == State::Sent {
@@ -149,7 +150,7 @@ impl ComputeHalf {
         command.queue = 0;
         command.transfer = Transfer::None;
         command.shadow = ShadowRange::default();
-        command.segments.clear();
+        command.segments = 0;
         self.queue_command(tag);
         session.submit(&mut self.batch)
     }
@@ -174,7 +175,11 @@ impl ComputeHalf {
             if command.state != State::Queued {
                 continue;
             }
-            if is_repeatable(command.queue, &command.sqe) {
+            let (queue, repeatable) = (command.queue, is_repeatable(command.queue, &command.sqe));
+            if self.queues.sq(queue).is_some_and(|sq| sq.deleting) {
+                // Its deletion may overtake it, and the device side has no such queue then.
+                self.complete(tag, Status::ABORTED_SQ_DELETION, 0);
+            } else if repeatable {
                 self.queue_command(tag);
             } else {
                 self.complete(tag, Status::ABORT_REQUESTED, 0);

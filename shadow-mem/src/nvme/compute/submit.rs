@@ -5,7 +5,6 @@ use farbus_fabric::{FabricError, Span};
 use farbus_vfio::nvme::{SQE_SIZE, Status, SubmissionEntry};
 
 use super::super::description::ADMIN_QUEUE_ENTRIES;
-use super::super::prp;
 use super::super::transfer::{self, Transfer};
 use super::ComputeHalf;
 use super::admin::Verdict;
@@ -144,19 +143,14 @@ impl ComputeHalf {
         command.completion_queue = completion_queue;
         command.transfer = transfer.unwrap_or(Transfer::None);
         command.shadow = shadow;
-        let walked = prp::walk(
-            &self.memory,
-            sqe.prp1(),
-            sqe.prp2(),
-            len,
-            &mut command.segments,
-        );
+        let walked = self.segments.walk(&self.memory, &sqe, len, shadow);
+        command.segments = walked.unwrap_or(0);
         if let Some(sq) = self.queues.sq(queue) {
             sq.ring.advance();
             sq.outstanding += 1;
         }
         match transfer.and(walked) {
-            Ok(()) => self.queue_command(tag),
+            Ok(_) => self.queue_command(tag),
             Err(status) => self.complete(tag, status, 0),
         }
         Fetch::Taken
@@ -191,7 +185,7 @@ impl ComputeHalf {
             Transfer::FromDevice(_) => Direction::FromDevice,
         };
         let before = self.batch.payload.len();
-        for segment in &command.segments {
+        for segment in self.segments.of(command.shadow, command.segments) {
             let mapped = match direction {
                 Direction::ToDevice => self
                     .memory
@@ -233,8 +227,9 @@ impl ComputeHalf {
             }
             _ => return false,
         }
+        self.landing.push(tag);
         let before = spans.len();
-        for segment in &command.segments {
+        for segment in self.segments.of(command.shadow, command.segments) {
             if self.memory.spans(*segment, true, spans).is_err() {
                 command.landing_failed = true;
                 spans.truncate(before);

@@ -6,12 +6,13 @@ use farbus_fabric::wire::Tag;
 use farbus_vfio::nvme::{Status, SubmissionEntry};
 
 use super::super::transfer::Transfer;
-use crate::guest::Segment;
 use crate::shadow::ShadowRange;
 
 /// Tags that I/O commands leave to admin commands, so that a guest whose I/O is stuck can
 /// still abort and reset.
 const ADMIN_RESERVE: usize = 16;
+/// Tags that nobody but a rebuild takes: it runs one command at a time.
+const REBUILD_RESERVE: usize = 1;
 
 /// Where a command is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,8 +55,8 @@ pub(super) struct Command {
     pub(super) completion_queue: u16,
     pub(super) transfer: Transfer,
     pub(super) shadow: ShadowRange,
-    /// The guest memory that holds the data.
-    pub(super) segments: Vec<Segment>,
+    /// Segments of guest memory that hold the data: see [`super::segments`].
+    pub(super) segments: usize,
     /// The guest took back memory that the data was to land in.
     pub(super) landing_failed: bool,
 }
@@ -70,7 +71,7 @@ impl Default for Command {
             completion_queue: 0,
             transfer: Transfer::None,
             shadow: ShadowRange::default(),
-            segments: Vec::new(),
+            segments: 0,
             landing_failed: false,
         }
     }
@@ -94,9 +95,19 @@ impl Tags {
         self.commands.len() as u16
     }
 
+    /// How many are in use.
+    pub(super) fn in_use_count(&self) -> u16 {
+        (self.commands.len() - self.free.len()) as u16
+    }
+
     /// Whether a command of this queue (0 is the admin queue) can have a tag.
     pub(super) fn is_available(&self, queue: u16) -> bool {
-        self.free.len() > if queue == 0 { 0 } else { ADMIN_RESERVE }
+        self.free.len()
+            > if queue == 0 {
+                REBUILD_RESERVE
+            } else {
+                ADMIN_RESERVE
+            }
     }
 
     /// Takes a free tag. The caller sets up the command.
@@ -127,6 +138,18 @@ impl Tags {
     /// All tags that are in use, with their commands.
     pub(super) fn in_use(&mut self) -> impl Iterator<Item = (Tag, &mut Command)> {
         numbered(self.commands.iter_mut()).filter(|(_, command)| command.state != State::Free)
+    }
+
+    /// Whether an admin command of the guest's with this opcode, about this queue, is at the
+    /// device.
+    pub(super) fn has_sent_admin(&self, opcode: u8, queue: u16) -> bool {
+        self.commands.iter().any(|command| {
+            command.state == State::Sent
+                && command.origin == Origin::Guest
+                && command.queue == 0
+                && command.sqe.opcode() == opcode
+                && command.sqe.dword(10) as u16 == queue
+        })
     }
 
     /// The command that the guest knows by this queue and command identifier and that has not

@@ -23,11 +23,14 @@ impl DeviceHalf {
         session.complete(&mut self.batch, &mut self.payload)
     }
 
-    /// Takes what is new in one queue; with `all`, even if the network takes no more. The
-    /// number of tags bounds what can be there.
+    /// Takes what is new in one queue; with `all`, even if the network takes no more. No more
+    /// is taken than there can be commands, also if the device makes up completions.
     fn drain(&mut self, id: u16, all: bool, session: &mut Session) -> Result<(), FabricError> {
         let mut consumed = None;
-        while all || !session.is_congested() {
+        for _ in 0..self.limits.tags {
+            if session.is_congested() && !all {
+                break;
+            }
             let Some(Some(cursor)) = self.completion.get_mut(usize::from(id)) else {
                 break;
             };
@@ -51,12 +54,16 @@ impl DeviceHalf {
     fn take(&mut self, cqe: &CompletionEntry, session: &mut Session) -> Result<(), FabricError> {
         let tag = Tag(cqe.cid);
         let Some(command) = self.tags.take(tag, cqe.sq_id) else {
-            warn!(
-                "{}: completed command {} of queue {}, which was never sent",
-                self.function.info().label,
-                cqe.cid,
-                cqe.sq_id
-            );
+            self.strays += 1;
+            if self.strays.is_power_of_two() {
+                warn!(
+                    "{}: completed command {} of queue {}, which was never sent ({} such so far)",
+                    self.function.info().label,
+                    cqe.cid,
+                    cqe.sq_id,
+                    self.strays
+                );
+            }
             return Ok(());
         };
         if let Some(Some(sq)) = self.submission.get_mut(usize::from(command.queue)) {

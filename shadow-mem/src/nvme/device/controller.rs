@@ -234,6 +234,10 @@ impl Controller {
                 );
                 self.fail(FaultCode::Unresponsive, text)
             }
+            State::On if !ready => {
+                let text = format!("the controller is no longer ready (CSTS {status:#x})");
+                self.fail(FaultCode::Fatal, text)
+            }
             State::On => {
                 if self.shutting_down && status & csts::SHST_MASK == csts::SHST_COMPLETE {
                     self.shutting_down = false;

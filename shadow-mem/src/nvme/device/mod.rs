@@ -2,7 +2,7 @@
 //!
 //! What the peer sends is not trusted: every command is checked against the same table that
 //! the compute half uses, and the device only ever gets addresses of the buffer shadow and of
-//! the [`arena`]. A message is acted on where it is received: from the link's receive to the
+//! the `arena`. A message is acted on where it is received: from the link's receive to the
 //! device's doorbell there is no queue and no other thread.
 
 mod arena;
@@ -109,6 +109,8 @@ pub struct DeviceHalf {
     completion: Vec<Option<CompletionCursor>>,
     controller: Controller,
     vectors: u32,
+    /// Completions of commands that were never sent.
+    strays: u64,
     event: Arc<EventFd>,
     /// Answers and updates to be sent: see [`Self::is_backlogged`].
     outbox: VecDeque<Message>,
@@ -163,8 +165,9 @@ impl DeviceHalf {
             submission: (0..queues).map(|_| None).collect(),
             completion: (0..queues).map(|_| None).collect(),
             vectors,
+            strays: 0,
             event,
-            outbox: VecDeque::new(),
+            outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
             batch: CompleteBatch::new(),
             payload: Vec::with_capacity(1024),
             function,

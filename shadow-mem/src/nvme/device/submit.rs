@@ -169,6 +169,8 @@ impl DeviceHalf {
         let (id, size) = (sqe.dword(10) as u16, (sqe.dword(10) >> 16) + 1);
         let taken = match sqe.opcode() {
             admin::CREATE_CQ => self.completion.get(usize::from(id)).map(Option::is_some),
+            // On the admin completion queue there is only the admin queue (NVMe 1.4 §5.4).
+            admin::CREATE_SQ if sqe.dword(11) >> 16 == 0 => None,
             admin::CREATE_SQ => self.submission.get(usize::from(id)).map(Option::is_some),
             _ => return Ok(()),
         };
