@@ -43,6 +43,7 @@ pub struct MachineBuilder {
     userland: Userland,
     memory_mib: u32,
     cpus: u32,
+    shared_memory: bool,
     machine_options: String,
     parameters: Vec<String>,
     arguments: Vec<String>,
@@ -65,6 +66,7 @@ impl MachineBuilder {
             userland: Userland::Small,
             memory_mib: 512,
             cpus: 2,
+            shared_memory: true,
             machine_options: String::new(),
             parameters: Vec::new(),
             arguments: Vec::new(),
@@ -97,6 +99,13 @@ impl MachineBuilder {
     #[must_use]
     pub fn memory_mib(mut self, mib: u32) -> Self {
         self.memory_mib = mib;
+        self
+    }
+
+    /// Memory that QEMU keeps to itself: the mistake that a vfio-user server must recognise.
+    #[must_use]
+    pub fn private_memory(mut self) -> Self {
+        self.shared_memory = false;
         self
     }
 
@@ -276,8 +285,9 @@ impl MachineBuilder {
             .arg(format!("q35,memory-backend=mem{}", self.machine_options))
             .arg("-object")
             .arg(format!(
-                "memory-backend-memfd,id=mem,size={}M,share=on",
-                self.memory_mib
+                "memory-backend-memfd,id=mem,size={}M,share={}",
+                self.memory_mib,
+                if self.shared_memory { "on" } else { "off" }
             ))
             .args(["-m", &format!("{}M", self.memory_mib)])
             .args(["-smp", &self.cpus.to_string()]);

@@ -147,8 +147,16 @@ impl Guest {
     /// # Errors
     /// As [`Guest::run`].
     pub fn wait_file(&self, path: &str, deadline: Deadline) -> Result<()> {
+        self.wait_until(&format!("[ -e {path} ]"), deadline)
+    }
+
+    /// Waits until a shell command succeeds in the guest.
+    ///
+    /// # Errors
+    /// As [`Guest::run`].
+    pub fn wait_until(&self, condition: &str, deadline: Deadline) -> Result<()> {
         // The guest has no inotify tool; its own clock is the one that counts here.
-        let look = format!("until [ -e {path} ]; do sleep 0.05; done");
+        let look = format!("until {condition}; do sleep 0.05; done");
         self.run_within(&look, deadline).map(drop)
     }
 

@@ -1,25 +1,23 @@
 //! A stock guest uses a drive that lives behind another process, reached over TCP.
 
-use farbus_integration::attached::AttachedDrive;
+use farbus_integration::attached::{self, AttachedDrive};
 use farbus_integration::builder::MachineBuilder;
 use farbus_integration::deadline::Deadline;
 use farbus_integration::guest::Guest;
 use farbus_integration::machine::Machine;
-use farbus_integration::report::TestResult;
+use farbus_integration::report::{Failure, TestResult};
 use farbus_integration::scratch::Scratch;
 use farbus_integration::tools::Tools;
 use farbus_integration::tools::firmware::Firmware;
 use farbus_integration::tools::initramfs::Userland;
 use farbus_integration::tools::kernel::Kernel;
 use farbus_integration::verify;
+use serde_json::json;
 
 const DRIVE: &str = "/dev/nvme0n1";
 const SIZE: u64 = 256 << 20;
 
-fn boot(
-    drive: &AttachedDrive,
-    kernel: Kernel,
-) -> Result<(Machine, Guest), farbus_integration::report::Failure> {
+fn boot(drive: &AttachedDrive, kernel: Kernel) -> Result<(Machine, Guest), Failure> {
     let machine = MachineBuilder::new(&format!("remote-{}", kernel.name()))
         .kernel(kernel)
         .userland(Userland::Large)
@@ -80,6 +78,108 @@ fn remote_drive_passes_the_suite_on_6_1() -> TestResult {
 #[test]
 fn remote_drive_with_4k_blocks_passes_the_suite_on_6_12() -> TestResult {
     drive_passes_the_suite(Kernel::V6_12, Kernel::V6_1, "size=256MiB,block-size=4096")
+}
+
+#[test]
+fn killed_device_server_is_a_pause_to_the_guest() -> TestResult {
+    let scratch = Scratch::new("pause")?;
+    let AttachedDrive {
+        server,
+        agent,
+        disk,
+        socket,
+    } = AttachedDrive::start(&scratch, "size=256MiB")?;
+    let machine = MachineBuilder::new("remote-pause")
+        .userland(Userland::Large)
+        .vfio_user("disk0", &socket)
+        .start(&Tools::open()?)?;
+    let guest = machine.wait_guest(Deadline::secs(60))?;
+    let address = attached::address(&server);
+    let job = guest.spawn(&format!(
+        "fio --name=pause --filename={DRIVE} --direct=1 --ioengine=libaio --rw=randwrite \
+         --bsrange=4k-128k --iodepth=16 --size=64M --loops=3 --verify=crc32c --verify_fatal=1 \
+         --output-format=terse"
+    ))?;
+    let mut server = server;
+    for _ in 0..3 {
+        let before = written(&guest)?;
+        guest.wait_until(
+            &format!("test $({WRITTEN}) -gt {}", before + 8192),
+            Deadline::secs(60),
+        )?;
+        server.kill()?;
+        server = attached::serve_at(&address, &format!("path={}", disk.display()))?;
+    }
+    job.check(Deadline::secs(180))?;
+    let log = guest.check("dmesg")?;
+    for word in ["timeout", "I/O error", "resetting controller"] {
+        assert!(!log.contains(word), "{log}");
+    }
+    machine.quit()?;
+    agent.terminate()?;
+    server.terminate()?;
+    Ok(())
+}
+
+/// Shell words that print how many sectors the guest has written.
+const WRITTEN: &str = "awk '{print $7}' /sys/block/nvme0n1/stat";
+
+fn written(guest: &Guest) -> Result<u64, Failure> {
+    Ok(guest.check(WRITTEN)?.trim().parse()?)
+}
+
+#[test]
+fn memory_that_is_not_shared_is_refused_and_the_endpoint_lives_on() -> TestResult {
+    let scratch = Scratch::new("private")?;
+    let drive = AttachedDrive::start(&scratch, "size=256MiB")?;
+    let refused = MachineBuilder::new("private")
+        .private_memory()
+        .vfio_user("disk0", &drive.socket)
+        .start(&Tools::open()?);
+    if let Ok(machine) = refused {
+        machine.wait_end(Deadline::secs(60))?;
+    }
+    let log = drive.agent.stderr();
+    assert!(log.contains("share=on"), "{log}");
+    let (machine, guest) = boot(&drive, Kernel::V6_12)?;
+    assert_eq!(verify::identity(&guest, DRIVE)?.size, SIZE);
+    machine.quit()?;
+    drive.end()?;
+    Ok(())
+}
+
+#[test]
+fn drive_on_the_root_bus_works_as_the_readme_has_it() -> TestResult {
+    let scratch = Scratch::new("root-bus")?;
+    let drive = AttachedDrive::start(&scratch, "size=256MiB")?;
+    let machine = MachineBuilder::new("root-bus")
+        .device(&json!({
+            "driver": "vfio-user-pci",
+            "socket": {"type": "unix", "path": drive.socket.display().to_string()},
+        }))
+        .start(&Tools::open()?)?;
+    let guest = machine.wait_guest(Deadline::secs(60))?;
+    verify::filesystem(&guest, DRIVE)?;
+    machine.quit()?;
+    drive.end()?;
+    Ok(())
+}
+
+#[test]
+fn drive_behind_a_virtual_iommu_works() -> TestResult {
+    let scratch = Scratch::new("viommu")?;
+    let drive = AttachedDrive::start(&scratch, "size=256MiB")?;
+    let machine = MachineBuilder::new("viommu")
+        .iommu()
+        .vfio_user("disk0", &drive.socket)
+        .start(&Tools::open()?)?;
+    let guest = machine.wait_guest(Deadline::secs(60))?;
+    assert!(guest.check("dmesg")?.contains("DMAR: IOMMU enabled"));
+    verify::flush_trim_zeroes(&guest, DRIVE)?;
+    verify::filesystem(&guest, DRIVE)?;
+    machine.quit()?;
+    drive.end()?;
+    Ok(())
 }
 
 /// A guest whose firmware reads the boot loader, kernel and initramfs from the remote drive, with

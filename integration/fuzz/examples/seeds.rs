@@ -67,7 +67,11 @@ fn vfio_user() -> Vec<Seed> {
         message(10, false, &[4, 0, 7, 4, 6]),
         message(10, true, &[0x14, 0, 0, 4, 0x46_0001]),
         message(9, false, &[0x1c, 0, 0, 4]),
-        message(15, true, &[2, 0, 0x1000, 0, 0, 4, 1, 0, 0x1004, 0, 0, 4, 1, 0]),
+        message(
+            15,
+            true,
+            &[2, 0, 0x1000, 0, 0, 4, 1, 0, 0x1004, 0, 0, 4, 1, 0],
+        ),
     ];
     let memory = [
         message(2, false, &[32, 3, 0, 0, 0x10_0000, 0, 0x1000, 0]),
@@ -194,6 +198,12 @@ fn config() -> Vec<Seed> {
 
 fn guest_scripts() -> Vec<Seed> {
     use guest::step::*;
+    // Found by fuzzing: the device stops being ready while the guest disables it.
+    let left_ready = vec![
+        0x00, 0x00, 0x33, 0x33, 0x3d, 0x32, 0x9e, 0x9e, 0x33, 0x60, 0x33, 0x33, 0x33, 0x8c, 0x8c,
+        0x8c, 0x8c, 0x8c, 0x00, 0x25, 0x9e, 0x01, 0x00, 0x00, 0x01, 0x32, 0x32, 0x00, 0x00, 0x00,
+        0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    ];
     // Sizes of 64 entries at the usual place; queue 1 of 16 entries.
     let ready = vec![BRING_UP, 0, 0, 0, CREATE_QUEUES, 1, 0, 0, 0];
     let with = |steps: &[&[u8]]| [ready.clone(), steps.concat()].concat();
@@ -215,19 +225,39 @@ fn guest_scripts() -> Vec<Seed> {
     let split: &[u8] = &[NETWORK, 0, 2];
     let unmap: &[u8] = &[UNMAP, 192, 0, 255];
     // Two completions by tag, and a fatal status of CSTS.
-    let forged: &[u8] = &[INJECT, 0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0];
+    let forged: &[u8] = &[
+        INJECT, 0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0,
+    ];
     let fatal: &[u8] = &[DEVICE_STATUS, 1, SERVE, 4];
     // The admin ring full of what no controller has.
     let nonsense: &[u8] = &[COMMANDS, 0, 255, 0, 1, 255, 0xff, 0, 0, 0, 0];
     vec![
-        ("read_and_write", with(&[events, read, write, serve, complete, serve, consume])),
+        (
+            "read_and_write",
+            with(&[events, read, write, serve, complete, serve, consume]),
+        ),
         ("lists", with(&[list, long, serve, complete, serve])),
-        ("link_lost", with(&[read, write, serve, cut, reconnect, serve, serve, complete, serve])),
-        ("reset_under_load", with(&[read, serve, &[RESET], serve, complete, serve])),
-        ("shutdown", with(&[delete, serve, shutdown, serve, disable, serve])),
-        ("taken_back", with(&[split, read, serve, complete, serve, unmap, serve])),
+        (
+            "link_lost",
+            with(&[
+                read, write, serve, cut, reconnect, serve, serve, complete, serve,
+            ]),
+        ),
+        (
+            "reset_under_load",
+            with(&[read, serve, &[RESET], serve, complete, serve]),
+        ),
+        (
+            "shutdown",
+            with(&[delete, serve, shutdown, serve, disable, serve]),
+        ),
+        (
+            "taken_back",
+            with(&[split, read, serve, complete, serve, unmap, serve]),
+        ),
         ("forged", with(&[read, serve, forged, serve, fatal])),
         ("nonsense", with(&[nonsense, serve])),
+        ("left_ready", left_ready),
     ]
 }
 
@@ -255,10 +285,19 @@ fn device_scripts() -> Vec<Seed> {
     let ping = ping.expect("a kind") as u8;
     let any: &[u8] = &[FRAME, ping, 8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, SERVE];
     vec![
-        ("read_and_write", [plain, queues, reads, write, complete].concat()),
-        ("strange", [strange, identify, queues, reads, complete].concat()),
+        (
+            "read_and_write",
+            [plain, queues, reads, write, complete].concat(),
+        ),
+        (
+            "strange",
+            [strange, identify, queues, reads, complete].concat(),
+        ),
         ("forged", [plain, queues, reads, forge, forge].concat()),
-        ("reset", [plain, queues, reads, reset, queues, reads, complete].concat()),
+        (
+            "reset",
+            [plain, queues, reads, reset, queues, reads, complete].concat(),
+        ),
         ("gone", [plain, queues, reads, gone].concat()),
         ("ask", [plain, ask, identify, any].concat()),
     ]

@@ -52,6 +52,8 @@ pub mod step {
 /// Steps of one input: enough for any story, and an end for any input.
 const MAX_STEPS: usize = 600;
 const PAGE: u64 = PAGE_SIZE as u64;
+/// The last page there is: what lies behind it has no address.
+const TOP_PAGE: u64 = !(PAGE - 1);
 
 /// Runs one input.
 pub fn run(bytes: &[u8]) {
@@ -119,7 +121,7 @@ fn address(input: &mut Input<'_>) -> u64 {
         kind @ 128..192 => DATA + u64::from(input.take::<u16>()) + u64::from(kind & 1) * PAGE,
         192..216 => RAM_BASE + u64::from(input.byte()) * PAGE,
         216..224 => u64::MAX - u64::from(input.take::<u16>()),
-        224..232 => u64::MAX & !0xfff,
+        224..232 => TOP_PAGE,
         _ => input.take(),
     }
 }
@@ -129,8 +131,8 @@ fn bring_up(bench: &mut Bench, input: &mut Input<'_>) {
     let completion_size = input.pick(&[64, 2, 512, 4096, 300]);
     let [asq, acq] = match input.byte() {
         0..224 => [ASQ, ACQ],
-        224..232 => [ASQ, u64::MAX & !0xfff],
-        232..240 => [u64::MAX & !0xfff, ACQ],
+        224..232 => [ASQ, TOP_PAGE],
+        232..240 => [TOP_PAGE, ACQ],
         _ => [address(input), address(input)],
     };
     bench.enable(asq, size, acq, completion_size);
@@ -212,7 +214,10 @@ fn commands(bench: &mut Bench, input: &mut Input<'_>) {
 }
 
 fn complete(bench: &mut Bench, input: &mut Input<'_>) {
-    let (index, count) = (usize::from(input.byte()), usize::from(input.byte() % 32) + 1);
+    let (index, count) = (
+        usize::from(input.byte()),
+        usize::from(input.byte() % 32) + 1,
+    );
     let status = match input.byte() {
         0..200 => Status::SUCCESS,
         _ => Status(input.take::<u16>() & 0x7fff),

@@ -93,7 +93,13 @@ impl Ground {
             .windows
             .iter()
             .filter(|window| !write || window.access == DmaAccess::ReadWrite)
-            .map(|window| (Arc::as_ptr(&window.memory) as usize, window.offset, window.len));
+            .map(|window| {
+                (
+                    Arc::as_ptr(&window.memory) as usize,
+                    window.offset,
+                    window.len,
+                )
+            });
         let allowed: Vec<_> = windows.chain(excused.iter().copied()).collect();
         let mut at = span.offset;
         while at < end {
@@ -297,6 +303,10 @@ impl Link for FakeLink {
     }
 
     fn unregister(&mut self, _span: &Span, _address: u64) {}
+
+    fn is_sending(&self, _: &Arc<MmapRegion>, _: usize, _: usize) -> bool {
+        false
+    }
 
     fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize) {
         if let Some(partial) = &mut self.partial {

@@ -24,6 +24,9 @@ use crate::link::lock;
 
 const QUEUES: usize = 65;
 const PAGE: u64 = PAGE_SIZE as u64;
+/// Where Identify Controller says how much host memory is wanted: preferred and minimum
+/// (NVMe 1.4 §5.15.2.2).
+const HMPRE: usize = 272;
 /// CAP of a plain controller: 1024 entries, half a second, the NVM command set.
 pub const PLAIN_CAP: u64 = 1023 | cap::CQR | 1 << cap::TO_SHIFT | cap::CSS_NVM;
 
@@ -120,6 +123,8 @@ pub struct State {
     pub outstanding: Vec<Outstanding>,
     /// Completes admin commands as they come, except those that wait for an event.
     pub prompt: bool,
+    /// Leaves Identify to the script, like commands that wait for an event.
+    pub holds: bool,
     /// CSTS follows CC at once; otherwise the script sets it.
     pub follows: bool,
     /// Accesses fail from now on.
@@ -169,6 +174,7 @@ impl FakeNvme {
                 completion: (0..QUEUES).map(|_| None).collect(),
                 outstanding: Vec::new(),
                 prompt: true,
+                holds: false,
                 follows: true,
                 gone: false,
                 stuck: false,
@@ -226,8 +232,21 @@ impl State {
         }
     }
 
+    /// Whether the device half waits for this controller's answers while it runs: when it lends
+    /// it host memory. One that mixes up its admin completions then is waited for in vain, for
+    /// seconds, which is no way to fuzz.
+    fn is_waited_for(&self) -> bool {
+        let lent = |(at, value): &(u16, u8)| {
+            (HMPRE..HMPRE + 8).contains(&(usize::from(*at) % PAGE_SIZE)) && *value > 0
+        };
+        self.identity.controller.iter().any(lent)
+    }
+
     /// Stores anything in a completion queue's slot.
     pub fn forge(&mut self, queue: u16, slot: u32, entry: CompletionEntry) {
+        if queue == 0 && self.is_waited_for() {
+            return;
+        }
         let Some(Some(cq)) = self.completion.get(usize::from(queue)) else {
             return;
         };
@@ -249,7 +268,12 @@ impl State {
             if offset < window.len {
                 let at = window.iova.0 + offset as u64;
                 let len = bytes.len().min(window.len - offset);
-                return self.store(at, &bytes[..len]);
+                let admin = self.acq..self.acq + PAGE;
+                let hits = at < admin.end && at + len as u64 > admin.start;
+                if !hits || !self.is_waited_for() {
+                    self.store(at, &bytes[..len]);
+                }
+                return;
             }
             offset -= window.len;
         }
@@ -286,7 +310,6 @@ impl State {
         bytes
     }
 
-
     /// Bytes that a device moves for a command (NVMe 1.4 §5 and §6).
     fn data_len(&self, queue: u16, sqe: &SubmissionEntry) -> u64 {
         let dword = |n| u64::from(sqe.dword(n));
@@ -302,9 +325,7 @@ impl State {
         }
         match sqe.opcode() {
             admin::IDENTIFY => PAGE,
-            admin::GET_LOG_PAGE => {
-                ((dword(10) >> 16 | (dword(11) & 0xffff) << 16) + 1) * 4
-            }
+            admin::GET_LOG_PAGE => ((dword(10) >> 16 | (dword(11) & 0xffff) << 16) + 1) * 4,
             admin::GET_LBA_STATUS => (dword(12) + 1) * 4,
             // Asking for a feature's capabilities moves nothing.
             admin::GET_FEATURES if dword(10) >> 8 & 7 == 3 => 0,
@@ -364,7 +385,11 @@ impl State {
                 "a ring that is not in the arena: {sqe:?}"
             );
             assert_eq!(sqe.dword(11) & 1, 1, "a ring of scattered pages: {sqe:?}");
-            assert_eq!(sqe.prp1() % PAGE, 0, "a ring that begins in a page: {sqe:?}");
+            assert_eq!(
+                sqe.prp1() % PAGE,
+                0,
+                "a ring that begins in a page: {sqe:?}"
+            );
         }
     }
 
@@ -438,6 +463,7 @@ impl State {
         let (mut status, mut result) = (Status::SUCCESS, 0);
         match sqe.opcode() {
             admin::ASYNC_EVENT => return,
+            admin::IDENTIFY if self.holds && sqe.cid() != self.tags => return,
             admin::IDENTIFY => match self.identify(sqe) {
                 Some(page) => self.store(sqe.prp1(), &page),
                 None => status = Status::INVALID_FIELD,
@@ -486,7 +512,12 @@ impl State {
         let has_cq = matches!(self.completion.get(id), Some(Some(_)));
         let of_sq = (sqe.dword(11) >> 16) as usize;
         let possible = (1..QUEUES).contains(&id);
-        let in_use = |id| self.submission.iter().flatten().any(|sq| sq.completion == id);
+        let in_use = |id| {
+            self.submission
+                .iter()
+                .flatten()
+                .any(|sq| sq.completion == id)
+        };
         match sqe.opcode() {
             admin::CREATE_CQ if !possible || has_cq => Status::INVALID_QID,
             admin::CREATE_SQ if !possible || has_sq => Status::INVALID_QID,
@@ -634,7 +665,11 @@ impl Function for FakeNvme {
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), FunctionError> {
-        assert_eq!((offset, data.len()), (4, 2), "more than the command register");
+        assert_eq!(
+            (offset, data.len()),
+            (4, 2),
+            "more than the command register"
+        );
         self.state().command.copy_from_slice(data);
         Ok(())
     }

@@ -22,24 +22,24 @@ use farbus_vfio::driver::{DriverConfig, NvmeDriver};
 use farbus_vfio::soft_nvme::SoftNvme;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-pub const BLOCK: u32 = 512;
+pub(crate) const BLOCK: u32 = 512;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A device server with one export.
-pub struct Bed {
-    pub address: String,
-    pub scratch: Scratch,
+pub(crate) struct Bed {
+    pub(crate) address: String,
+    pub(crate) scratch: Scratch,
     stop: UnixStream,
     manager: Option<JoinHandle<()>>,
 }
 
-pub fn export_name() -> ExportName {
+pub(crate) fn export_name() -> ExportName {
     ExportName::new("disk0").unwrap()
 }
 
 impl Bed {
     /// With a software drive; `options` are those of `--soft-nvme`.
-    pub fn start(options: &str) -> Self {
+    pub(crate) fn start(options: &str) -> Self {
         let scratch = Scratch::new("path").unwrap();
         let spec = format!("path={},{options}", scratch.join("disk.img").display());
         let drive = SoftNvme::open(&spec.parse().unwrap()).unwrap();
@@ -47,7 +47,7 @@ impl Bed {
     }
 
     /// With any function.
-    pub fn with_function(scratch: Scratch, function: Arc<dyn Function>) -> Self {
+    pub(crate) fn with_function(scratch: Scratch, function: Arc<dyn Function>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let exports = Exports::new(vec![Export::new(export_name(), function)]);
@@ -63,16 +63,16 @@ impl Bed {
         }
     }
 
-    pub fn claim(&self) -> Result<ClaimedLink, FabricError> {
+    pub(crate) fn claim(&self) -> Result<ClaimedLink, FabricError> {
         client::claim(&self.address, &export_name(), "test", PATIENCE)
     }
 
     /// A claim that waits until the export is free.
-    pub fn claim_when_free(&self) -> ClaimedLink {
+    pub(crate) fn claim_when_free(&self) -> ClaimedLink {
         eventually("the export is free", || self.claim().ok())
     }
 
-    pub fn attach(&self) -> Attached {
+    pub(crate) fn attach(&self) -> Attached {
         Attached::new(self.claim_when_free())
     }
 }
@@ -87,7 +87,7 @@ impl Drop for Bed {
 }
 
 /// Waits for something to come true, looking again and again.
-pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(found) = look() {
@@ -102,14 +102,14 @@ pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// A remote function whose link is served.
-pub struct Attached {
-    pub remote: Arc<RemoteFunction>,
+pub(crate) struct Attached {
+    pub(crate) remote: Arc<RemoteFunction>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Attached {
-    pub fn new(claimed: ClaimedLink) -> Self {
+    pub(crate) fn new(claimed: ClaimedLink) -> Self {
         let remote = Arc::new(RemoteFunction::new("test".into(), claimed).unwrap());
         let stop = Arc::new(AtomicBool::new(false));
         let (served, stopped) = (remote.clone(), stop.clone());
@@ -122,7 +122,7 @@ impl Attached {
     }
 
     /// A driver for it, enabled, with `queues` pairs of I/O queues.
-    pub fn driver(&self, queues: u16) -> NvmeDriver<RemoteFunction> {
+    pub(crate) fn driver(&self, queues: u16) -> NvmeDriver<RemoteFunction> {
         let config = DriverConfig {
             memory: 64 << 20,
             ..DriverConfig::default()

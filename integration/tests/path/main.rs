@@ -11,4 +11,5 @@ mod bed;
 mod claims;
 mod data;
 mod guest;
+mod proxy;
 mod resume;

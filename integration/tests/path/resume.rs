@@ -2,75 +2,62 @@
 //! every command completes once with the right data.
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use farbus_fabric::session::client;
-use farbus_vfio::driver::block_command;
+use farbus_fabric::FabricError;
+use farbus_fabric::session::{ClaimedLink, client};
+use farbus_shadow_mem::remote::RemoteFunction;
+use farbus_vfio::driver::{NvmeDriver, Prps, block_command};
 use farbus_vfio::nvme::nvm;
 
 use super::bed::{Attached, BLOCK, Bed, eventually, export_name};
+use super::proxy::Proxy;
 
-/// Forwards connections to a device server, and cuts them.
-struct Wire {
-    address: String,
-    open: Arc<Mutex<Vec<TcpStream>>>,
+fn claim(wire: &Proxy) -> Result<ClaimedLink, FabricError> {
+    let patience = Duration::from_secs(5);
+    client::claim(&wire.address, &export_name(), "test", patience)
 }
 
-impl Wire {
-    fn to(address: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let own = listener.local_addr().unwrap().to_string();
-        let open = Arc::new(Mutex::new(Vec::new()));
-        let (to, list) = (address.to_owned(), open.clone());
-        std::thread::spawn(move || {
-            for near in listener.incoming().map_while(Result::ok) {
-                let Ok(far) = TcpStream::connect(&to) else {
-                    continue;
-                };
-                list.lock().unwrap().push(near.try_clone().unwrap());
-                list.lock().unwrap().push(far.try_clone().unwrap());
-                forward(near.try_clone().unwrap(), far.try_clone().unwrap());
-                forward(far, near);
-            }
-        });
-        Self { address: own, open }
-    }
+/// Commands that have not completed, by queue and command identifier.
+type Outstanding = HashMap<(u16, u16), Prps>;
 
-    fn cut(&self) {
-        for stream in self.open.lock().unwrap().drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
+/// Waits until each has completed, once and with success.
+fn complete_all(driver: &mut NvmeDriver<RemoteFunction>, outstanding: &mut Outstanding) {
+    while !outstanding.is_empty() {
+        for queue in [1, 2] {
+            // The driver itself refuses a completion that it does not wait for.
+            let done = eventually("a completion", || {
+                driver.poll(queue).unwrap().map_or_else(
+                    || (!outstanding.keys().any(|(q, _)| *q == queue)).then_some(None),
+                    |entry| Some(Some(entry)),
+                )
+            });
+            if let Some(entry) = done {
+                assert!(entry.status.is_success(), "{entry:?}");
+                let prps = outstanding.remove(&(queue, entry.cid)).unwrap();
+                driver.free_prps(prps);
+            }
         }
     }
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream) {
-    std::thread::spawn(move || {
-        let mut buffer = vec![0; 64 << 10];
-        while let Ok(len @ 1..) = from.read(&mut buffer) {
-            if to.write_all(&buffer[..len]).is_err() {
-                break;
-            }
-        }
-        let _ = to.shutdown(Shutdown::Both);
+/// Waits until the cut is noticed, and goes on over a new claim.
+fn recover(attached: &Attached, wire: &Proxy) {
+    let lost = eventually("the cut is noticed", || {
+        attached.remote.service();
+        attached.remote.take_lost()
     });
+    assert!(lost.error.should_reconnect(), "{}", lost.error);
+    drop(lost);
+    let claimed = eventually("the export is free again", || claim(wire).ok());
+    attached.remote.reconnect(claimed).unwrap();
 }
 
 #[test]
 fn cut_links_lose_nothing_and_complete_nothing_twice() {
     let bed = Bed::start("size=64MiB");
-    let wire = Wire::to(&bed.address);
-    let claim = || {
-        client::claim(
-            &wire.address,
-            &export_name(),
-            "test",
-            Duration::from_secs(5),
-        )
-    };
-    let attached = Attached::new(claim().unwrap());
+    let wire = Proxy::to(&bed.address);
+    let attached = Attached::new(claim(&wire).unwrap());
     let mut driver = attached.driver(2);
     let len = 64 << 10;
     let buffers: Vec<_> = (0..40)
@@ -92,30 +79,8 @@ fn cut_links_lose_nothing_and_complete_nothing_twice() {
             assert!(outstanding.insert((queue, cid), prps).is_none());
         }
         wire.cut();
-        let lost = eventually("the cut is noticed", || {
-            attached.remote.service();
-            attached.remote.take_lost()
-        });
-        assert!(lost.error.should_reconnect(), "{}", lost.error);
-        drop(lost);
-        let claimed = eventually("the export is free again", || claim().ok());
-        attached.remote.reconnect(claimed).unwrap();
-        while !outstanding.is_empty() {
-            for queue in [1, 2] {
-                // The driver itself refuses a completion that it does not wait for.
-                let done = eventually("a completion", || {
-                    driver.poll(queue).unwrap().map_or_else(
-                        || (!outstanding.keys().any(|(q, _)| *q == queue)).then_some(None),
-                        |entry| Some(Some(entry)),
-                    )
-                });
-                if let Some(entry) = done {
-                    assert!(entry.status.is_success(), "{entry:?}");
-                    let prps = outstanding.remove(&(queue, entry.cid)).unwrap();
-                    driver.free_prps(prps);
-                }
-            }
-        }
+        recover(&attached, &wire);
+        complete_all(&mut driver, &mut outstanding);
         for slot in 0..20u8 {
             let mut back = vec![0; len];
             driver
@@ -132,16 +97,8 @@ fn cut_links_lose_nothing_and_complete_nothing_twice() {
 #[test]
 fn registers_answer_and_resets_work_while_there_is_no_link() {
     let bed = Bed::start("size=1MiB");
-    let wire = Wire::to(&bed.address);
-    let claim = || {
-        client::claim(
-            &wire.address,
-            &export_name(),
-            "test",
-            Duration::from_secs(5),
-        )
-    };
-    let attached = Attached::new(claim().unwrap());
+    let wire = Proxy::to(&bed.address);
+    let attached = Attached::new(claim(&wire).unwrap());
     let mut driver = attached.driver(1);
     driver.write(1, 0, BLOCK, &[9; 512]).unwrap();
     wire.cut();
@@ -152,11 +109,99 @@ fn registers_answer_and_resets_work_while_there_is_no_link() {
     assert!(driver.read32(farbus_vfio::nvme::reg::CSTS).unwrap() & 1 == 1);
     // A guest that gives up on the drive and starts over, while nobody is there.
     driver.disable().unwrap();
-    let claimed = eventually("the export is free again", || claim().ok());
+    let claimed = eventually("the export is free again", || claim(&wire).ok());
     attached.remote.reconnect(claimed).unwrap();
     driver.enable().unwrap();
     driver.create_queue_pair(1, 64, Some(1)).unwrap();
     let mut back = [0; 512];
     driver.read(1, 0, BLOCK, &mut back).unwrap();
     assert_eq!(back, [9; 512]);
+}
+
+#[test]
+fn links_that_end_at_any_byte_of_a_write_lose_nothing() {
+    const LEN: usize = 128 << 10;
+    const SLOTS: u8 = 32;
+    let bed = Bed::start("size=64MiB");
+    let wire = Proxy::to(&bed.address);
+    let attached = Attached::new(claim(&wire).unwrap());
+    let mut driver = attached.driver(2);
+    let buffers: Vec<_> = (0..SLOTS)
+        .map(|_| driver.memory().allocate(LEN).unwrap())
+        .collect();
+    let lba_of = |slot: u8| u64::from(slot) * (LEN as u64 / u64::from(BLOCK));
+    // In the header of a frame, behind it, in the commands, and here and there in the data.
+    for (round, bytes) in [1, 23, 25, 100, 4_097, 131_071, 1_000_003, 3_333_333]
+        .into_iter()
+        .enumerate()
+    {
+        let round = round as u8;
+        wire.cut_after(bytes);
+        let mut outstanding = Outstanding::new();
+        for slot in 0..SLOTS {
+            let queue = 1 + u16::from(slot % 2);
+            let buffer = buffers[usize::from(slot)];
+            let data = vec![round ^ slot; LEN];
+            driver.memory().write(buffer, 0, &data).unwrap();
+            let prps = driver.prps(buffer, 0, LEN).unwrap();
+            let mut command = block_command(nvm::WRITE, lba_of(slot), LEN, BLOCK);
+            command.set_prps(prps.prp1, prps.prp2);
+            let cid = driver.submit(queue, command).unwrap();
+            assert!(outstanding.insert((queue, cid), prps).is_none());
+        }
+
+        recover(&attached, &wire);
+        complete_all(&mut driver, &mut outstanding);
+
+        for slot in 0..SLOTS {
+            let mut back = vec![0; LEN];
+            driver.read(1, lba_of(slot), BLOCK, &mut back).unwrap();
+            let expected = round ^ slot;
+            assert!(
+                back.iter().all(|byte| *byte == expected),
+                "cut after {bytes} bytes, slot {slot}"
+            );
+        }
+    }
+}
+
+#[test]
+fn silent_device_server_is_given_up_after_five_seconds_and_recovered() {
+    let bed = Bed::start("size=1MiB");
+    let wire = Proxy::to(&bed.address);
+    let attached = Attached::new(claim(&wire).unwrap());
+    let mut driver = attached.driver(1);
+    driver.write(1, 0, BLOCK, &[1; 512]).unwrap();
+    wire.stall(true);
+    let silent = Instant::now();
+    let buffer = driver.memory().allocate(512).unwrap();
+    let mut command = block_command(nvm::READ, 0, 512, BLOCK);
+    command.set_prps(buffer.iova().0, 0);
+    let cid = driver.submit(1, command).unwrap();
+
+    let lost = eventually("the silence is noticed", || {
+        // Nothing comes, so this only lets time pass.
+        driver.wait_interrupt(1, Duration::from_millis(50)).unwrap();
+        attached.remote.take_lost()
+    });
+
+    assert!(
+        matches!(lost.error, FabricError::Timeout { .. }),
+        "{}",
+        lost.error
+    );
+    let after = silent.elapsed();
+    assert!(
+        (Duration::from_secs(4)..Duration::from_secs(8)).contains(&after),
+        "{after:?}"
+    );
+    drop(lost);
+    wire.cut();
+    wire.stall(false);
+    let claimed = eventually("the export is free again", || claim(&wire).ok());
+    attached.remote.reconnect(claimed).unwrap();
+    assert!(driver.wait(1, cid).unwrap().status.is_success());
+    let mut back = [0; 512];
+    driver.memory().read(buffer, 0, &mut back).unwrap();
+    assert_eq!(back, [1; 512]);
 }

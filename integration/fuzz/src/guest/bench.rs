@@ -22,10 +22,10 @@ use super::{check_description, slot};
 use crate::link::{Ground, Wire, lock};
 use crate::nvme::{FakeNvme, Identity};
 
-/// Commands that may be outstanding: 16 of them are not for I/O.
+/// Commands that may be outstanding.
 pub(super) const TAGS: u16 = 96;
 /// Pages of the buffer shadow.
-pub(super) const SHADOW_PAGES: u32 = 64;
+const SHADOW_PAGES: u32 = 64;
 const LIMITS: Limits = Limits {
     shadow_len: SHADOW_PAGES << 12,
     tags: TAGS,
@@ -188,7 +188,7 @@ impl Bench {
         }
     }
 
-    pub(super) fn load<const N: usize>(&self, offset: usize) -> [u8; N] {
+    pub(super) fn load_ram<const N: usize>(&self, offset: usize) -> [u8; N] {
         let mut bytes = [0; N];
         pools()[0]
             .get_slice(offset, N)
