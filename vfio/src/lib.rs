@@ -9,6 +9,7 @@ pub mod config;
 pub mod driver;
 pub mod function;
 pub mod nvme;
+pub mod pci;
 pub mod soft_nvme;
 pub mod user;
 
@@ -16,3 +17,4 @@ pub use function::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind,
     Iova, RegionIndex, RegionInfo,
 };
+pub use pci::PciAddress;
