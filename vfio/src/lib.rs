@@ -11,6 +11,7 @@ pub mod function;
 pub mod nvme;
 pub mod pci;
 pub mod soft_nvme;
+pub mod sysfs;
 pub mod user;
 
 pub use function::{

@@ -3,9 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// Where a function sits: `domain:bus:device.function`, written as Linux does, such as
 /// `0000:01:00.0` (all hexadecimal).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct PciAddress {
     domain: u32,
     bus: u8,
@@ -60,6 +63,20 @@ impl fmt::Display for PciAddress {
             "{:04x}:{:02x}:{:02x}.{:x}",
             self.domain, self.bus, self.device, self.function
         )
+    }
+}
+
+impl From<PciAddress> for String {
+    fn from(address: PciAddress) -> Self {
+        address.to_string()
+    }
+}
+
+impl TryFrom<String> for PciAddress {
+    type Error = BadPciAddress;
+
+    fn try_from(text: String) -> Result<Self, BadPciAddress> {
+        text.parse()
     }
 }
 
