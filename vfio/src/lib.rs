@@ -10,6 +10,7 @@ pub mod driver;
 pub mod function;
 pub mod nvme;
 pub mod pci;
+pub mod sigbus;
 pub mod soft_nvme;
 pub mod sysfs;
 pub mod user;
