@@ -8,6 +8,7 @@
 pub mod config;
 pub mod driver;
 pub mod function;
+pub mod kernel;
 pub mod nvme;
 pub mod pci;
 pub mod sigbus;
