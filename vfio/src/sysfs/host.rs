@@ -69,6 +69,22 @@ impl Host {
         self.root.join(relative)
     }
 
+    /// The beginning of a file of this host, if it can be read.
+    pub fn read(&self, relative: impl AsRef<Path>) -> Option<String> {
+        read(&self.path(relative))
+    }
+
+    /// A file of this host without the white space around its text; `None` when it is empty or
+    /// cannot be read.
+    pub fn attribute(&self, relative: impl AsRef<Path>) -> Option<String> {
+        attribute(&self.path(relative))
+    }
+
+    /// The names in a directory of this host, ascending; none when it cannot be read.
+    pub fn names(&self, relative: impl AsRef<Path>) -> Vec<String> {
+        names(&self.path(relative))
+    }
+
     /// The directory of a function.
     pub fn function(&self, address: PciAddress) -> PathBuf {
         self.path("sys/bus/pci/devices").join(address.to_string())

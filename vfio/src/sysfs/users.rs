@@ -3,7 +3,7 @@
 //!
 //! What is seen is what sysfs and procfs show of this process's mount and PID namespaces. A
 //! claim on a disk that they do not show (another namespace's mount, ZFS, a device of a
-//! larger btrfs) is found by [`claimed_disk`], which asks the kernel.
+//! larger btrfs) is found when a function is lent, by asking the kernel for the disk exclusively.
 
 use std::collections::BTreeMap;
 use std::fmt;
