@@ -225,10 +225,10 @@ impl VfioFunction {
     }
 
     /// Sets and clears bits of the Command register (PCI 3.0 §6.2.2).
-    fn change_command(&self, clear: u16) -> Result<(), FunctionError> {
+    fn change_command(&self, set: u16, clear: u16) -> Result<(), FunctionError> {
         let mut value = [0; 2];
         self.config_read(header::COMMAND as u16, &mut value)?;
-        let value = u16::from_le_bytes(value) & !clear;
+        let value = u16::from_le_bytes(value) & !clear | set;
         self.config_write(header::COMMAND as u16, &value.to_le_bytes())
     }
 }
@@ -366,19 +366,20 @@ impl Function for VfioFunction {
     /// The kernel restores what it had in configuration space; memory decoding and bus mastering
     /// are off afterwards all the same, as after power-on.
     fn reset(&self) -> Result<(), FunctionError> {
-        // First, so that the kernel does not restore it between the reset and the end of this.
-        self.change_command(command::BUS_MASTER)?;
+        // Bus mastering is off first, so that the kernel does not restore it. Memory decoding is on:
+        // the kernel restores the MSI-X table, and does not look whether its writes arrive.
+        self.change_command(command::MEMORY, command::BUS_MASTER)?;
         let outcome = match self.reset {
             Reset::Function => self.device.reset(),
             Reset::Slot => self.device.hot_reset(&self.group),
             Reset::None => {
                 return Err(FunctionError::Unsupported(format!(
-                    "{} has no reset of its own, and shares its slot with other functions",
+                    "{} has no reset of its own, and no slot that can be reset without others",
                     self.address
                 )));
             }
         };
         outcome.map_err(|source| self.refused(format!("resetting {}", self.address), source))?;
-        self.change_command(command::IO | command::MEMORY | command::BUS_MASTER)
+        self.change_command(0, command::IO | command::MEMORY | command::BUS_MASTER)
     }
 }
