@@ -210,11 +210,7 @@ impl Stock {
                 Source::SoftNvme(_) | Source::VfioUser(_) => None,
             })
             .collect();
-        // Who has no PCI functions needs neither the rights for them nor a place for records.
-        let bindings = match &wanted[..] {
-            [] => None,
-            wanted => Some(Bindings::open(host.clone(), state_dir, wanted)?),
-        };
+        let bindings = open_bindings(host, state_dir, &wanted)?;
         let mut stock = Self {
             exports: Vec::new(),
             open: Vec::new(),
@@ -305,6 +301,26 @@ impl Drop for Stock {
             }
             drop(bindings);
         }
+    }
+}
+
+/// Who exports no PCI functions needs neither the rights for them nor a place for records, and
+/// still repairs, where it may, what a process that died has left behind.
+fn open_bindings(
+    host: &Host,
+    state_dir: &Path,
+    wanted: &[PciAddress],
+) -> Result<Option<Bindings>, SysfsError> {
+    if wanted.is_empty() && !Bindings::has_record(state_dir) {
+        return Ok(None);
+    }
+    match Bindings::open(host.clone(), state_dir, wanted) {
+        Ok(bindings) => Ok(Some(bindings)),
+        Err(error) if wanted.is_empty() => {
+            warn!("what an earlier process has lent is left as it is: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use farbus_vfio::PciAddress;
 use farbus_vfio::sysfs::acs::ports_without_acs;
-use farbus_vfio::sysfs::{Host, Inventory, Obstacle, PciFunction};
+use farbus_vfio::sysfs::{Host, Inventory, Obstacle, PciFunction, User};
 
 use super::{Finding, Level};
 use crate::sources::has_engine;
@@ -47,9 +47,16 @@ pub(super) fn exportable(inventory: &Inventory, wanted: &[PciAddress]) -> Vec<Fi
     const CHECK: &str = "functions";
     if wanted.is_empty() {
         let served = looked_at(inventory, wanted).count();
-        let ready = looked_at(inventory, wanted).filter(|f| f.is_exportable());
-        let ready: Vec<String> = ready.map(|f| f.address.to_string()).collect();
+        let addresses = |holds: fn(&PciFunction) -> bool| -> Vec<String> {
+            let functions = looked_at(inventory, wanted).filter(|f| holds(f));
+            functions.map(|f| f.address.to_string()).collect()
+        };
+        let ready = addresses(PciFunction::is_exportable);
+        let exported = addresses(is_exported);
         return vec![match (&ready[..], served) {
+            ([], _) if !exported.is_empty() => {
+                Finding::ok(CHECK, format!("are exported now: {}", exported.join(", ")))
+            }
             ([], 0) => Finding::new(
                 CHECK,
                 Level::Problem,
@@ -79,9 +86,21 @@ pub(super) fn exportable(inventory: &Inventory, wanted: &[PciAddress]) -> Vec<Fi
         .collect()
 }
 
+/// Whether a device server has it open, and nobody else.
+fn is_exported(function: &PciFunction) -> bool {
+    let is_ours = |user: &User| {
+        matches!(user, User::Open { program, node, .. }
+        if node.starts_with("/dev/vfio/") && program == "farbus-device-server")
+    };
+    !function.users.is_empty() && function.users.iter().all(is_ours)
+}
+
 fn of_function(function: &PciFunction) -> Vec<Finding> {
     const CHECK: &str = "functions";
     let address = function.address;
+    if is_exported(function) {
+        return vec![Finding::ok(CHECK, format!("{address} is exported now"))];
+    }
     let mut findings: Vec<Finding> = function
         .obstacles
         .iter()

@@ -247,6 +247,25 @@ fn a_disk_in_use_is_a_problem_for_who_wants_it() {
 }
 
 #[test]
+fn a_function_that_is_exported_now_is_as_it_should_be() {
+    let host = good_host();
+    host.process(99, "farbus-device-s", "/dev/vfio/12");
+    host.file("proc/99/cmdline", "farbus-device-server\0export\0");
+    let report = examine(&host.host(), &wanted());
+    assert!(report.can_export, "{report:#?}");
+    assert_eq!(
+        of(&report, "functions")[0].what,
+        "0000:01:00.0 is exported now"
+    );
+    assert_finds(
+        &host,
+        "functions",
+        Level::Ok,
+        "are exported now: 0000:01:00.0",
+    );
+}
+
+#[test]
 fn a_function_that_is_not_there_is_a_problem() {
     let host = good_host();
     let report = examine(&host.host(), &["0000:09:00.0".parse().unwrap()]);

@@ -34,6 +34,11 @@ impl Bindings {
         Self::open_as(host, state_dir, keep, me)
     }
 
+    /// Whether anything has been recorded in `state_dir`.
+    pub fn has_record(state_dir: &Path) -> bool {
+        RecordFile::exists(state_dir)
+    }
+
     pub(super) fn open_as(
         host: Host,
         state_dir: &Path,

@@ -56,7 +56,18 @@ fn began(host: &Host, pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
-/// The name of a process's program.
+/// The name of a process's program. The kernel keeps 15 characters of it; where the command
+/// line begins with the rest too, it is told in full.
 pub(super) fn program(host: &Host, pid: &str) -> String {
-    attribute(&host.path(format!("proc/{pid}/comm"))).unwrap_or_else(|| "?".into())
+    let Some(short) = host.attribute(format!("proc/{pid}/comm")) else {
+        return "a process".into();
+    };
+    let line = host.read(format!("proc/{pid}/cmdline")).unwrap_or_default();
+    let path = line.split('\0').next().unwrap_or_default();
+    let name = path.rsplit('/').next().unwrap_or_default();
+    if name.starts_with(&short) {
+        name.to_owned()
+    } else {
+        short
+    }
 }

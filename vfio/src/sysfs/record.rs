@@ -55,11 +55,18 @@ pub(super) struct RecordFile {
     lock: PathBuf,
 }
 
+const FILE: &str = "bindings.json";
+
 impl RecordFile {
+    /// Whether there is a record in a directory.
+    pub(super) fn exists(directory: &Path) -> bool {
+        directory.join(FILE).exists()
+    }
+
     /// The record in a directory, which is made if there is none.
     pub(super) fn open(directory: &Path) -> Result<Self, SysfsError> {
         let record = Self {
-            path: directory.join("bindings.json"),
+            path: directory.join(FILE),
             lock: directory.join("bindings.lock"),
         };
         DirBuilder::new()

@@ -258,6 +258,17 @@ fn a_program_that_has_a_node_open_is_named() {
 }
 
 #[test]
+fn a_long_program_name_is_told_in_full() {
+    let host = host_with_nvme();
+    host.process(99, "farbus-device-s", "/dev/vfio/12");
+    host.file("proc/99/cmdline", "/usr/bin/farbus-device-server\0export\0");
+    assert_eq!(
+        sentences(&nvme(&host)),
+        ["farbus-device-server (process 99) has /dev/vfio/12 open"]
+    );
+}
+
+#[test]
 fn another_vmm_that_has_the_group_open_is_named() {
     let host = host_with_nvme();
     host.process(99, "qemu", "/dev/vfio/12");
