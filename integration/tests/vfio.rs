@@ -3,10 +3,11 @@
 
 use std::path::Path;
 
+use farbus_integration::builder::MachineBuilder;
 use farbus_integration::deadline::Deadline;
 use farbus_integration::guest::{Guest, Job};
 use farbus_integration::machine::Machine;
-use farbus_integration::report::{Failure, TestResult};
+use farbus_integration::report::{self, Failure, TestResult};
 use farbus_integration::scratch::Scratch;
 use farbus_integration::tools::Tools;
 use farbus_integration::tools::kernel::Kernel;
@@ -46,10 +47,11 @@ fn refused(guest: &Guest, command: &str) -> Result<String, Failure> {
     Ok(ended.text())
 }
 
-/// Starts the check program in the background and waits until it holds a function.
-fn hold(guest: &Guest, address: &str) -> Result<Job, Failure> {
+/// Starts the check program in the background and waits until it holds a function; `how` is
+/// `hold` or `outlive`.
+fn hold(guest: &Guest, how: &str, address: &str) -> Result<Job, Failure> {
     let job = guest.spawn(&format!(
-        "farbus-vfio-check hold {address} >/tmp/held 2>&1; status=$?; cat /tmp/held; exit $status"
+        "farbus-vfio-check {how} {address} >/tmp/held 2>&1; status=$?; cat /tmp/held; exit $status"
     ))?;
     // The guest's own clock is the one that counts here.
     guest.check("until grep -q ^held /tmp/held; do sleep 0.05; done")?;
@@ -134,7 +136,7 @@ fn what_is_in_the_way_is_named_with_its_remedy() -> TestResult {
     let text = refused(&guest, &format!("farbus-vfio-check describe {port}"))?;
     assert!(text.contains("belongs to the driver pcieport"), "{text}");
 
-    let job = hold(&guest, NVME)?;
+    let job = hold(&guest, "hold", NVME)?;
     let text = refused(&guest, &format!("farbus-vfio-check describe {NVME}"))?;
     assert!(
         text.contains("is in use") && text.contains("/dev/vfio/"),
@@ -172,7 +174,7 @@ fn requested_unplug_is_heard_and_the_function_given_back() -> TestResult {
     let scratch = Scratch::new("disk")?;
     let disk = scratch.disk("disk.img", DISK)?;
     let (machine, guest) = with_nvme(Kernel::V6_12, &disk)?;
-    let job = hold(&guest, NVME)?;
+    let job = hold(&guest, "hold", NVME)?;
     machine.qmp().device_del("nv0", Deadline::secs(60))?;
     let said = job.check(Deadline::secs(20))?;
     println!("{said}");
@@ -181,6 +183,101 @@ fn requested_unplug_is_heard_and_the_function_given_back() -> TestResult {
     let gone = refused(&guest, &format!("farbus-vfio-check describe {NVME}"))?;
     assert!(gone.contains("no PCI function"), "{gone}");
     machine.quit()?;
+    Ok(())
+}
+
+#[test]
+fn function_that_vanishes_without_a_word_is_survived() -> TestResult {
+    let scratch = Scratch::new("disk")?;
+    let disk = scratch.disk("disk.img", DISK)?;
+    let (machine, guest) = with_nvme(Kernel::V6_12, &disk)?;
+    let _job = hold(&guest, "outlive", NVME)?;
+    // Power off in the port's Slot Control (PCIe 4.0 §7.5.3.10), which no driver looks after here.
+    let port = find(&guest, "::0604")?;
+    guest.check(&format!("setpci -s {port} CAP_EXP+18.w=0700"))?;
+    // Its end is not waited for: the kernel waits more than a minute for the device to come back.
+    guest.check("until grep -q -e ^used -e ^failed /tmp/held; do sleep 0.05; done")?;
+    let said = guest.check("cat /tmp/held")?;
+    println!("{said}");
+    assert!(said.contains("reset: the function is gone"), "{said}");
+    assert!(said.contains("unmap: done"), "{said}");
+    machine.quit()?;
+    Ok(())
+}
+
+#[test]
+fn killed_holder_leaves_a_function_that_can_be_opened() -> TestResult {
+    let scratch = Scratch::new("disk")?;
+    let disk = scratch.disk("disk.img", DISK)?;
+    let (machine, guest) = with_nvme(Kernel::V6_12, &disk)?;
+    for _ in 0..3 {
+        let job = hold(&guest, "hold", NVME)?;
+        guest.check("killall -9 farbus-vfio-check")?;
+        job.wait(Deadline::secs(20))?;
+    }
+    check(&guest, &format!("nvme {NVME}"))?;
+    machine.quit()?;
+    Ok(())
+}
+
+#[test]
+fn groups_that_isolate_nothing_are_refused() -> TestResult {
+    let scratch = Scratch::new("disk")?;
+    let disk = scratch.disk("disk.img", DISK)?;
+    // Behind a bridge to conventional PCI, requests do not say whose they are.
+    let machine = lender("group", Kernel::V6_12)
+        .program("farbus-vfio-check")
+        .root_port("rp0", &Value::Null)
+        .device(&json!({"driver": "pcie-pci-bridge", "id": "bridge0", "bus": "rp0"}))
+        .device(&json!({"driver": "edu", "bus": "bridge0", "addr": "1"}))
+        .block_node("node0", &disk)
+        .device(&json!({
+            "driver": "virtio-blk-pci", "bus": "bridge0", "addr": "2", "drive": "node0",
+        }))
+        .start(&Tools::open()?)?;
+    let guest = machine.wait_guest(Deadline::secs(90))?;
+    let (edu, disk) = (find(&guest, EDU)?, find(&guest, "1af4:")?);
+    bind(&guest, &edu)?;
+    let text = refused(&guest, &format!("farbus-vfio-check describe {edu}"))?;
+    assert!(
+        text.contains(&format!("{disk} (driver virtio-pci)")),
+        "{text}"
+    );
+    bind(&guest, &disk)?;
+    check(&guest, &format!("edu {edu}"))?;
+    let described = check(&guest, &format!("describe {edu}"))?;
+    assert!(described.contains("reset: refused"), "{described}");
+    machine.quit()?;
+    Ok(())
+}
+
+#[test]
+fn machines_without_protection_are_refused() -> TestResult {
+    let bare = |name: &str| {
+        MachineBuilder::new(name)
+            .modules("vfio-pci,vfio_iommu_type1")
+            .program("farbus-vfio-check")
+    };
+    let no_remapping = bare("intremap")
+        .device(&json!({"driver": "intel-iommu", "intremap": "off"}))
+        .parameter("intel_iommu=on");
+    for (machine, binds, remedy) in [
+        // Without an IOMMU vfio-pci does not even take the function.
+        (bare("no-iommu"), false, "intel_iommu=on"),
+        (no_remapping, true, "interrupt remapping"),
+    ] {
+        let machine = machine
+            .root_port("rp0", &Value::Null)
+            .device(&json!({"driver": "edu", "bus": "rp0"}))
+            .start(&Tools::open()?)?;
+        let guest = machine.wait_guest(Deadline::secs(90))?;
+        let edu = find(&guest, EDU)?;
+        assert_eq!(bind(&guest, &edu).is_ok(), binds);
+        report::failure_was_expected();
+        let text = refused(&guest, &format!("farbus-vfio-check describe {edu}"))?;
+        assert!(text.contains(remedy), "{text}");
+        machine.quit()?;
+    }
     Ok(())
 }
 
@@ -199,7 +296,7 @@ fn reported_error_is_heard() -> TestResult {
         .start(&Tools::open()?)?;
     let guest = machine.wait_guest(Deadline::secs(90))?;
     bind(&guest, NVME)?;
-    let job = hold(&guest, NVME)?;
+    let job = hold(&guest, "hold", NVME)?;
     let injected = machine
         .qmp()
         .human("pcie_aer_inject_error vb0 POISON_TLP")?;

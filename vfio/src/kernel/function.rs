@@ -46,7 +46,9 @@ struct OpenRegion {
 /// A function that the kernel has handed over.
 ///
 /// What goes beyond [`Function`]: [`Self::unplug_requested`] and [`Self::error_reported`].
-/// Dropping it gives the function back to the kernel, which ends its DMA and resets it.
+/// Dropping it gives the function back to the kernel, which ends its DMA and resets it. When it has
+/// vanished without the kernel's knowledge, that takes more than a minute, for which the kernel waits
+/// for it to come back.
 pub struct VfioFunction {
     address: PciAddress,
     info: FunctionInfo,
@@ -166,9 +168,10 @@ impl VfioFunction {
 
     /// Whether the function still answers: one that has been pulled out reads as all ones.
     pub fn is_present(&self) -> bool {
-        let mut vendor = [0; 2];
-        let at = self.config.offset + header::VENDOR as u64;
-        self.device.read(at, &mut vendor).is_ok() && vendor != [0xff; 2]
+        // Revision and class: the kernel makes up the ids, and answers for them itself.
+        let mut class = [0; 4];
+        let at = self.config.offset + header::REVISION as u64;
+        self.device.read(at, &mut class).is_ok() && class != [0xff; 4]
     }
 
     /// The error for an access that the kernel refused, or whose outcome is unknown.
@@ -366,6 +369,10 @@ impl Function for VfioFunction {
     /// The kernel restores what it had in configuration space; memory decoding and bus mastering
     /// are off afterwards all the same, as after power-on.
     fn reset(&self) -> Result<(), FunctionError> {
+        // The kernel would wait more than a minute for it to come back.
+        if !self.is_present() {
+            return Err(FunctionError::Gone(format!("{} is absent", self.address)));
+        }
         // Bus mastering is off first, so that the kernel does not restore it. Memory decoding is on:
         // the kernel restores the MSI-X table, and does not look whether its writes arrive.
         self.change_command(command::MEMORY, command::BUS_MASTER)?;

@@ -74,13 +74,15 @@ pub(super) fn open(host: &Host, address: PciAddress) -> Result<Opened, VfioError
 /// What can be known without VFIO; returns the function's group.
 fn check(function: &PciFunction) -> Result<u32, VfioError> {
     let address = function.address;
+    // First, since vfio-pci refuses a function without one.
+    let group = function.iommu_group.ok_or(VfioError::NoIommu { address })?;
     match &function.driver {
         None => Err(VfioError::NoDriver { address }),
         Some(driver) if !function.is_bound_to_vfio() => Err(VfioError::OtherDriver {
             address,
             driver: driver.clone(),
         }),
-        Some(_) => function.iommu_group.ok_or(VfioError::NoIommu { address }),
+        Some(_) => Ok(group),
     }
 }
 

@@ -19,6 +19,7 @@ usage: farbus-vfio-check describe ADDRESS          what the function is, and whe
        farbus-vfio-check edu ADDRESS               drives QEMU's teaching device
        farbus-vfio-check map ADDRESS COUNT BYTES   maps windows for DMA
        farbus-vfio-check hold ADDRESS              holds the function until it is asked for, or fails
+       farbus-vfio-check outlive ADDRESS           holds the function until it is gone, then uses it
 
 exit status: 0 done, 1 failed, 2 usage";
 
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         ["edu", address] => open(address).and_then(|function| edu::check(&function)),
         ["map", address, count, bytes] => holder::map(address, count, bytes),
         ["hold", address] => open(address).and_then(holder::hold),
+        ["outlive", address] => open(address).and_then(holder::outlive),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
