@@ -82,6 +82,42 @@ fn nvme_controller_is_driven_through_vfio_on_6_12() -> TestResult {
     drives_a_controller(Kernel::V6_12)
 }
 
+/// A virtual function, whose physical one stays with the host's own driver.
+#[test]
+fn virtual_functions_are_driven_through_vfio() -> TestResult {
+    let scratch = Scratch::new("disk")?;
+    let disk = scratch.disk("disk.img", DISK)?;
+    let machine = lender("virtual", Kernel::V6_12)
+        .program("farbus-vfio-check")
+        .root_port("rp0", &Value::Null)
+        .block_node("node0", &disk)
+        .device(&json!({"driver": "nvme-subsys", "id": "subsys0"}))
+        .device(&json!({
+            "driver": "nvme", "id": "nv0", "bus": "rp0", "serial": "pf", "subsys": "subsys0",
+            "max_ioqpairs": 16, "msix_qsize": 17,
+            "sriov_max_vfs": 2, "sriov_vq_flexible": 8, "sriov_vi_flexible": 8,
+        }))
+        .device(&json!({"driver": "nvme-ns", "drive": "node0", "bus": "nv0", "shared": true}))
+        .start(&Tools::open()?)?;
+    let guest = machine.wait_guest(Deadline::secs(90))?;
+    let physical = format!("/sys/bus/pci/devices/{NVME}");
+    guest.check(&format!("echo 0 >{physical}/sriov_drivers_autoprobe"))?;
+    guest.check(&format!("echo 2 >{physical}/sriov_numvfs"))?;
+    for (function, address) in [(1, "0000:01:00.1"), (2, "0000:01:00.2")] {
+        // Queues, vectors, and then the secondary controller online (NVMe 1.4 §5.22).
+        for action in ["-r 0 -a 8 -n 4", "-r 1 -a 8 -n 4", "-a 9"] {
+            guest.check(&format!("nvme virt-mgmt /dev/nvme0 -c {function} {action}"))?;
+        }
+        bind(&guest, address)?;
+    }
+    let described = check(&guest, "describe 0000:01:00.1")?;
+    assert!(described.contains("reset: done"), "{described}");
+    let _other = hold(&guest, "hold", "0000:01:00.2")?;
+    check(&guest, "nvme 0000:01:00.1")?;
+    machine.quit()?;
+    Ok(())
+}
+
 /// Functions that have nothing to do with NVMe: the seam knows no device class.
 fn drives_other_classes(kernel: Kernel) -> TestResult {
     let machine = lender(&format!("classes-{}", kernel.name()), kernel)
