@@ -3,7 +3,6 @@
 
 use serde_json::json;
 
-use crate::attached::EXPORT;
 use crate::builder::MachineBuilder;
 use crate::deadline::Deadline;
 use crate::error::{Error, Result};
@@ -73,16 +72,15 @@ pub struct LendingServer {
 }
 
 impl LendingServer {
-    /// Starts one in a [`networked`] machine; `source` are its options that say what is exported, such as
-    /// `--pci 0000:01:00.0`.
+    /// Starts one in a [`networked`] machine; `options` say what is exported, and how it is named.
     ///
     /// # Errors
     /// When it does not become ready; the error has what it said.
-    pub fn start(machine: &Machine, guest: &Guest, source: &str) -> Result<Self> {
+    pub fn start(machine: &Machine, guest: &Guest, options: &str) -> Result<Self> {
         guest.check("ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0")?;
         let log = "/tmp/server.log";
         let job = guest.spawn(&format!(
-            "farbus-device-server export {source} --name {EXPORT} --listen 0.0.0.0:{PORT} --insecure \
+            "farbus-device-server export {options} --listen 0.0.0.0:{PORT} --insecure \
              >{log} 2>&1; status=$?; cat {log}; echo ended >>{log}; exit $status"
         ))?;
         guest.check_within(
