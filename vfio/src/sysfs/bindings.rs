@@ -12,8 +12,8 @@ use log::{info, warn};
 use super::host::{attribute, link_name, names};
 use super::inventory::{Inventory, is_vfio};
 use super::process::{Process, program};
-use super::record::{Loan, RecordFile};
-use super::users::{claimed_disk, holders_of_node};
+use super::record::{Created, Loan, RecordFile};
+use super::users::{claim_disks, holders_of_node};
 use super::{Host, Obstacle, PciFunction, SysfsError, User, VFIO_DRIVER};
 use crate::PciAddress;
 
@@ -54,8 +54,9 @@ impl Bindings {
         Ok(bindings)
     }
 
-    fn repair(&self, keep: &[PciAddress]) -> Result<(), SysfsError> {
-        let (loans, created) = self.record.change(|record| {
+    /// Makes this process the owner of what dead ones have left on record, and returns that.
+    fn inherit(&self) -> Result<(Vec<Loan>, Vec<Created>), SysfsError> {
+        self.record.change(|record| {
             // A reboot has undone everything.
             record
                 .functions
@@ -78,7 +79,11 @@ impl Bindings {
                 }
             }
             Ok((loans, created))
-        })?;
+        })
+    }
+
+    fn repair(&self, keep: &[PciAddress]) -> Result<(), SysfsError> {
+        let (loans, created) = self.inherit()?;
         for loan in loans {
             let physical = self.physical_function(loan.address);
             let kept = |address: &PciAddress| keep.contains(address);
@@ -91,8 +96,12 @@ impl Bindings {
                 self.report(loan.address, self.give_back(loan.address), "repaired: ");
             }
         }
+        let still_used: Vec<PciAddress> = keep
+            .iter()
+            .filter_map(|address| self.physical_function(*address))
+            .collect();
         for made in created {
-            if !keep.contains(&made.physical) {
+            if !keep.contains(&made.physical) && !still_used.contains(&made.physical) {
                 match self.remove_virtual_functions(made.physical) {
                     Ok(()) => info!(
                         "repaired: removed the {} virtual functions of {}, whose maker had died",
@@ -130,12 +139,11 @@ impl Bindings {
                 driver: driver.unwrap_or_else(|| "no driver".into()),
             });
         }
-        if let Some(user) = claimed_disk(&self.host, &self.host.function(address)) {
-            return Err(SysfsError::Obstacle {
-                address,
-                obstacle: Obstacle::InUse(vec![user]),
-            });
-        }
+        let claims = claim_disks(&self.host, &self.host.function(address));
+        let _claims = claims.map_err(|user| SysfsError::Obstacle {
+            address,
+            obstacle: Obstacle::InUse(vec![user]),
+        })?;
         if on_record.is_none() {
             self.remember(function)?;
         }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -178,11 +178,12 @@ impl Usage {
         users
     }
 
-    /// The nodes of a function's disks and partitions.
+    /// The nodes of a function's disks, without partitions.
     fn disks(&self, directory: &Path) -> Vec<String> {
         let territory = self.territory(directory);
         let ours = |entry: &&Entry| territory.iter().any(|root| entry.path.starts_with(root));
-        let disks = self.blocks.iter().filter(ours);
+        let is_whole = |entry: &&Entry| !entry.path.join("partition").exists();
+        let disks = self.blocks.iter().filter(ours).filter(is_whole);
         disks.map(|block| block.name.clone()).collect()
     }
 
@@ -250,20 +251,28 @@ impl Usage {
     }
 }
 
-/// A disk or partition of the function in `directory` that something in the kernel has
-/// claimed, as far as opening it exclusively tells.
-pub(super) fn claimed_disk(host: &Host, directory: &Path) -> Option<User> {
-    let disks = Usage::read(host).disks(directory);
-    let claimed = disks.iter().find(|disk| {
-        let open = OpenOptions::new()
+/// Claims the disks of the function in `directory`, so that nobody mounts one of them as long
+/// as the files are there; or says which of them something in the kernel has claimed, in whole
+/// or in part.
+pub(super) fn claim_disks(host: &Host, directory: &Path) -> Result<Vec<File>, User> {
+    let mut claims = Vec::new();
+    for disk in Usage::read(host).disks(directory) {
+        let opened = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
-            .open(host.path("dev").join(disk));
-        open.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
-    })?;
-    Some(User::Claimed {
-        device: format!("/dev/{claimed}"),
-    })
+            .open(host.path("dev").join(&disk));
+        match opened {
+            Ok(file) => claims.push(file),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                return Err(User::Claimed {
+                    device: format!("/dev/{disk}"),
+                });
+            }
+            // Without a node nobody can mount it either.
+            Err(error) => log::debug!("/dev/{disk} cannot be claimed: {error}"),
+        }
+    }
+    Ok(claims)
 }
 
 /// Who has this node open, this process included.

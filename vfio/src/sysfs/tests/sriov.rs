@@ -115,3 +115,18 @@ fn after_a_crash_functions_that_are_not_wanted_again_are_removed() {
     let _not_wanted = open(&host, &[]);
     assert_eq!(host.attribute(NVME, "sriov_numvfs"), "0");
 }
+
+#[test]
+fn after_a_crash_functions_stay_while_one_of_them_is_wanted_by_itself() {
+    let host = host_with_sriov();
+    let dying = open(&host, &[]);
+    let made = dying.create_virtual_functions(address(NVME), 2).unwrap();
+    dying.lend(made[0], true).unwrap();
+    dying.lend(made[1], true).unwrap();
+    std::mem::forget(dying);
+    let next = open(&host, &[made[1]]);
+    assert_eq!(host.driver_of("0000:01:00.1"), None);
+    next.lend(made[1], false).unwrap();
+    drop(next);
+    assert_eq!(host.attribute(NVME, "sriov_numvfs"), "0");
+}
