@@ -102,6 +102,15 @@ pub enum VfioError {
         #[source]
         source: io::Error,
     },
+    /// It is a virtual function whose physical one is lent as well.
+    #[error(
+        "{address} is a virtual function whose physical function is bound to VFIO as well, and is not \
+         handed out without that one's token; leave the physical function to its own driver"
+    )]
+    NeedsToken {
+        /// The function.
+        address: PciAddress,
+    },
     /// It is a device of another kind.
     #[error("{address} is not a PCI function to VFIO")]
     NotPci {

@@ -63,7 +63,10 @@ pub(super) fn open(host: &Host, address: PciAddress) -> Result<Opened, VfioError
     let name = CString::new(address.to_string()).unwrap_or_default();
     let device = group
         .device(&name)
-        .map_err(failed("opening the function in its group"))?;
+        .map_err(|source| match source.raw_os_error() {
+            Some(libc::EACCES) => VfioError::NeedsToken { address },
+            _ => failed("opening the function in its group")(source),
+        })?;
     Ok(Opened {
         device,
         group,
