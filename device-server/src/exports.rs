@@ -124,9 +124,9 @@ impl Exports {
         self.0.iter().find(|export| export.name() == name)
     }
 
-    /// The names, for people who asked for another one.
-    pub fn names(&self) -> String {
-        let names: Vec<_> = self.0.iter().map(|export| export.name().as_str()).collect();
-        names.join(", ")
+    /// The names, in the order of the list.
+    pub fn names(&self) -> Vec<String> {
+        let names = self.0.iter().map(|export| export.name().as_str());
+        names.map(Into::into).collect()
     }
 }

@@ -149,7 +149,7 @@ fn serve(
         let text = format!(
             "there is no export {}; there is {}",
             request.export().as_str(),
-            exports.names()
+            exports.names().join(", ")
         );
         info!("refused {claimant}: {text}");
         return request.refuse(RefusalCode::UnknownExport, &text);

@@ -49,6 +49,14 @@ pub fn address(server: &Daemon) -> String {
 /// # Errors
 /// When it does not become ready.
 pub fn attach(address: &str, socket: &Path) -> Result<Daemon> {
+    attach_export(address, EXPORT, socket)
+}
+
+/// As [`attach`], for the export of this name.
+///
+/// # Errors
+/// When it does not become ready.
+pub fn attach_export(address: &str, export: &str, socket: &Path) -> Result<Daemon> {
     let socket = socket.display().to_string();
     Daemon::start(
         "farbus-compute-agent",
@@ -57,7 +65,7 @@ pub fn attach(address: &str, socket: &Path) -> Result<Daemon> {
             "--from",
             address,
             "--export",
-            EXPORT,
+            export,
             "--vfio-user",
             &socket,
         ],

@@ -25,6 +25,7 @@ use crate::tools::Tools;
 use crate::tools::firmware::{Firmware, FirmwareFiles};
 use crate::tools::initramfs::Userland;
 use crate::tools::kernel::{Kernel, command_line};
+use crate::tools::programs::join;
 
 /// QEMU connects within milliseconds of its start, unless a device of its command line waits for a server.
 const CONNECT_SECS: u64 = 30;
@@ -47,6 +48,7 @@ pub struct MachineBuilder {
     machine_options: String,
     parameters: Vec<String>,
     arguments: Vec<String>,
+    programs: Vec<String>,
     ports: u32,
 }
 
@@ -70,6 +72,7 @@ impl MachineBuilder {
             machine_options: String::new(),
             parameters: Vec::new(),
             arguments: Vec::new(),
+            programs: Vec::new(),
             ports: 0,
         }
     }
@@ -135,6 +138,13 @@ impl MachineBuilder {
     #[must_use]
     pub fn modules(self, modules: &str) -> Self {
         self.parameter(&format!("farbus.modules={modules}"))
+    }
+
+    /// Gives the guest one of the workspace's programs (when QEMU loads the kernel).
+    #[must_use]
+    pub fn program(mut self, name: &str) -> Self {
+        self.programs.push(name.to_owned());
+        self
     }
 
     /// Adds a raw argument of QEMU.
@@ -308,6 +318,7 @@ impl MachineBuilder {
             Boot::Kernel(kernel) => {
                 let kernel = tools.kernel(kernel)?;
                 let initramfs = tools.initramfs(&kernel, self.userland)?;
+                let initramfs = join(initramfs, &self.programs, scratch)?;
                 command
                     .arg("-kernel")
                     .arg(&kernel.image)

@@ -20,6 +20,7 @@
 //! - [`tools`] and [`cache`] get what machines are made of, from Debian packages.
 //! - [`builder`] and [`machine`] start, watch and end QEMU; [`qmp`] talks to it.
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
+//! - [`vfio`] makes machines that lend their devices, and binds these.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
 //! - [`report`] says how a test failed, or why it could not run.
 //! - [`process`], [`scratch`], [`deadline`] are what the others stand on.
@@ -44,3 +45,4 @@ pub mod scratch;
 mod terminal;
 pub mod tools;
 pub mod verify;
+pub mod vfio;

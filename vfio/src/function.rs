@@ -53,7 +53,7 @@ impl fmt::Display for RegionIndex {
 pub struct RegionInfo {
     /// Which one.
     pub index: RegionIndex,
-    /// Its size in bytes: a power of two, at least 16.
+    /// Its size in bytes: a power of two, at least 16 for memory and 4 for I/O ports.
     pub size: u64,
 }
 

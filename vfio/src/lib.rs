@@ -8,11 +8,16 @@
 pub mod config;
 pub mod driver;
 pub mod function;
+pub mod kernel;
 pub mod nvme;
+pub mod pci;
+pub mod sigbus;
 pub mod soft_nvme;
+pub mod sysfs;
 pub mod user;
 
 pub use function::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind,
     Iova, RegionIndex, RegionInfo,
 };
+pub use pci::PciAddress;

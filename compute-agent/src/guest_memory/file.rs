@@ -5,13 +5,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use farbus_vfio::Iova;
+use farbus_vfio::{Iova, sigbus};
 use rustix::fs::{FileType, OFlags, Stat, fcntl_getfl, fstat, fstatfs};
 use vm_memory::{FileOffset, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::sharing::{Sharing, sharing_of};
-use super::sigbus;
 use super::{MAX_WINDOWS, PAGE};
 
 /// The most files at once; a VMM has one per memory backend.

@@ -8,12 +8,11 @@
 //!
 //! A VMM may do three things that would hurt this process, and each is caught here: map
 //! beyond the end of a file ([`MapError::BeyondEnd`]), truncate a file under us
-//! (see `sigbus.rs`), and send a file that it maps privately itself, so that its guest and we
+//! (see [`farbus_vfio::sigbus`]), and send a file that it maps privately itself, so that its guest and we
 //! would see different memory ([`MapError::NotShared`]).
 
 mod file;
 mod sharing;
-mod sigbus;
 #[cfg(test)]
 mod tests;
 

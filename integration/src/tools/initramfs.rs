@@ -19,7 +19,7 @@ const INIT: &str = include_str!("../../guest/init");
 
 /// Dynamic programs of the small userland; busybox has the rest. The shell is not busybox's, because
 /// that one prefers its own tools over these, whatever the path says.
-const PROGRAMS: [&str; 14] = [
+const PROGRAMS: [&str; 15] = [
     "usr/bin/dash",
     "usr/sbin/nvme",
     "usr/sbin/mke2fs",
@@ -33,6 +33,7 @@ const PROGRAMS: [&str; 14] = [
     "usr/bin/dd",
     "usr/bin/sha256sum",
     "usr/bin/taskset",
+    "usr/bin/setpriv",
     "usr/bin/sync",
 ];
 

@@ -14,7 +14,7 @@ use super::body::{
 use super::caps::Capabilities;
 use super::error::{ClientError, nonsense};
 use super::memory::{DmaMemory, serve_memory};
-use super::socket::{receive_exact, send_all};
+use super::socket::{connect, receive_exact, send_all};
 use super::wire::{
     Command, DMA_PAGE, HEADER_LEN, Header, MAX_DATA_XFER, MAX_DMA_MAPS, MAX_MESSAGE, MAX_MSG_FDS,
     MessageType, VERSION_MAJOR, VERSION_MINOR,
@@ -47,10 +47,11 @@ pub struct Client {
 impl Client {
     /// Connects and shakes hands. Every call waits at most `timeout` for its answer.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(path).map_err(|source| ClientError::Connect {
-            path: path.display().to_string(),
-            source,
-        })?;
+        let stream =
+            connect(path, Instant::now() + timeout).map_err(|source| ClientError::Connect {
+                path: path.display().to_string(),
+                source,
+            })?;
         Self::from_stream(stream, timeout)
     }
 

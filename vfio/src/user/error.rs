@@ -65,6 +65,12 @@ pub enum ClientError {
         /// What is wrong with it.
         why: String,
     },
+    /// The connection was lost before, and nothing says where the server can be found again.
+    #[error("the connection was lost, and there is no path to connect to again")]
+    Lost,
+    /// After a lost connection, another device is behind the socket.
+    #[error("another kind of device is behind the socket now; restart the export to use it")]
+    Changed,
 }
 
 impl ClientError {

@@ -13,6 +13,7 @@
 pub mod body;
 pub mod caps;
 mod client;
+mod describe;
 mod error;
 pub mod event;
 mod function;
@@ -28,5 +29,7 @@ pub use wire::{Command, Header, WireError};
 
 #[cfg(test)]
 mod client_tests;
+#[cfg(test)]
+mod function_tests;
 #[cfg(test)]
 mod tests;

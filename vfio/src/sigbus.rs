@@ -1,9 +1,10 @@
-//! Survives the truncation of a memory file.
+//! Survives the loss of pages under a mapping.
 //!
-//! Whoever holds the descriptor of a file that we have mapped can shorten it; the next
-//! access to a page beyond its new end then raises SIGBUS (mmap(2)), which by default ends
-//! the process. The handler here puts a page of zeros in the place of the lost one, so that
-//! the access goes on, and tells the owner of the mapping, who drops the client.
+//! A mapping can lose its pages while it is in use: whoever holds the descriptor of a memory
+//! file can shorten it, and a device's BAR goes away with the device, or when its memory
+//! decoding is turned off. The next access raises SIGBUS (mmap(2)), which by default ends the
+//! process. The handler here puts a page of zeros in the place of the lost one, so that the
+//! access goes on, and the owner of the mapping finds out: by an eventfd, or by the guard.
 //!
 //! Rules:
 //!
@@ -14,12 +15,17 @@
 //!    anywhere else goes to whoever handled it before, or does what it does by default.
 //! 3. A guard that is dropped waits until no handler looks at its slot, which takes at most
 //!    two system calls; only then are slot, mapping and eventfd free for others.
+//! 4. The state says that pages are lost before the first of them is replaced, and that they
+//!    are whole again only after the last has been: whoever finds the same whole state before
+//!    and after an access has not touched a replaced page.
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{null, null_mut};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Once};
 
 use vm_memory::MmapRegion;
@@ -32,6 +38,11 @@ const FREE: usize = 0;
 const CLAIMED: usize = 1;
 const ACTIVE: usize = 2;
 
+/// Bits of [`Slot::pages`]; what is above them counts the repairs.
+const LOST: usize = 1;
+const REPAIRING: usize = 2;
+const REPAIRED: usize = 4;
+
 /// One guarded range. The fields mean something while `state` is `ACTIVE`.
 struct Slot {
     state: AtomicUsize,
@@ -41,7 +52,7 @@ struct Slot {
     end: AtomicUsize,
     granule: AtomicUsize,
     event: AtomicI32,
-    hit: AtomicBool,
+    pages: AtomicUsize,
 }
 
 static TABLE: [Slot; SLOTS] = [const {
@@ -52,36 +63,61 @@ static TABLE: [Slot; SLOTS] = [const {
         end: AtomicUsize::new(0),
         granule: AtomicUsize::new(0),
         event: AtomicI32::new(-1),
-        hit: AtomicBool::new(false),
+        pages: AtomicUsize::new(0),
     }
 }; SLOTS];
 
 /// What handled SIGBUS before; set once, before our handler is, and never freed.
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(null_mut());
 
-/// Keeps accesses to one mapping from ending the process.
-#[derive(Debug)]
-pub(super) struct Guard {
-    slot: &'static Slot,
-    // Rules 2 and 3: neither may go while the slot is active.
-    _memory: Arc<MmapRegion>,
-    _event: Arc<EventFd>,
+/// A range of pages that this process has mapped.
+///
+/// # Safety
+///
+/// `range` always returns the same range. For as long as the value lives, or until a
+/// [`Guard::repair`] has failed, the range is mapped, and is touched by volatile accesses and by
+/// the kernel only: its bytes may change at any time.
+pub(crate) unsafe trait Pages: Send + Sync {
+    /// The addresses of the range.
+    fn range(&self) -> Range<usize>;
 }
 
-impl std::fmt::Debug for Slot {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (start, end) = (&self.start, &self.end);
-        write!(f, "Slot({start:?}..{end:?}, hit {:?})", self.hit)
+// SAFETY: a region is one mapping for as long as it lives, and `vm-memory` gives access to it
+// by volatile slices only.
+unsafe impl Pages for MmapRegion {
+    fn range(&self) -> Range<usize> {
+        let start = self.as_ptr() as usize;
+        start..start.saturating_add(self.size())
+    }
+}
+
+/// Keeps accesses to one mapping from ending the process.
+pub struct Guard {
+    slot: &'static Slot,
+    // Rules 2 and 3: neither may go while the slot is active.
+    _pages: Arc<dyn Pages>,
+    _event: Option<Arc<EventFd>>,
+}
+
+impl fmt::Debug for Guard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Slot { start, end, .. } = self.slot;
+        write!(f, "Guard({start:?}..{end:?}, hit {})", self.was_hit())
     }
 }
 
 impl Guard {
     /// Guards `memory`, which is made of pages of `granule` bytes (a power of two). `event`
     /// is signalled whenever a page had to be replaced.
-    pub(super) fn new(
-        memory: &Arc<MmapRegion>,
+    pub fn new(memory: &Arc<MmapRegion>, granule: usize, event: &Arc<EventFd>) -> io::Result<Self> {
+        Self::of(memory.clone(), granule, Some(event.clone()))
+    }
+
+    /// As [`Self::new`], for any pages.
+    pub(crate) fn of(
+        pages: Arc<dyn Pages>,
         granule: usize,
-        event: &Arc<EventFd>,
+        event: Option<Arc<EventFd>>,
     ) -> io::Result<Self> {
         install();
         let claim = |slot: &&Slot| {
@@ -89,28 +125,60 @@ impl Guard {
                 .compare_exchange(FREE, CLAIMED, Ordering::SeqCst, Ordering::SeqCst)
                 .is_ok()
         };
-        let slot = TABLE.iter().find(claim).ok_or_else(|| {
-            io::Error::other(format!("more than {SLOTS} memory files are mapped at once"))
-        })?;
-        let start = memory.as_ptr() as usize;
+        let slot = TABLE
+            .iter()
+            .find(claim)
+            .ok_or_else(|| io::Error::other(format!("more than {SLOTS} mappings are guarded")))?;
+        let Range { start, end } = pages.range();
         slot.start.store(start, Ordering::Relaxed);
-        slot.end
-            .store(start.saturating_add(memory.size()), Ordering::Relaxed);
+        slot.end.store(end, Ordering::Relaxed);
         slot.granule
             .store(granule.max(1).next_power_of_two(), Ordering::Relaxed);
-        slot.event.store(event.as_raw_fd(), Ordering::Relaxed);
-        slot.hit.store(false, Ordering::Relaxed);
+        let fd = event.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        slot.event.store(fd, Ordering::Relaxed);
+        slot.pages.store(0, Ordering::Relaxed);
         slot.state.store(ACTIVE, Ordering::SeqCst);
         Ok(Self {
             slot,
-            _memory: memory.clone(),
-            _event: event.clone(),
+            _pages: pages,
+            _event: event,
         })
     }
 
-    /// Whether a page had to be replaced.
-    pub(super) fn was_hit(&self) -> bool {
-        self.slot.hit.load(Ordering::SeqCst)
+    /// Whether a page had to be replaced, and none has been repaired since.
+    pub fn was_hit(&self) -> bool {
+        self.whole().is_none()
+    }
+
+    /// What rule 4 is about: `None` while pages are lost, else a value that changes with
+    /// every loss.
+    #[inline]
+    pub(crate) fn whole(&self) -> Option<usize> {
+        let pages = self.slot.pages.load(Ordering::SeqCst);
+        (pages & (LOST | REPAIRING) == 0).then_some(pages)
+    }
+
+    /// Makes lost pages whole again by `remap`, which maps the whole range anew. One thread
+    /// does it; what is lost meanwhile stays lost. When `remap` fails the range may belong to
+    /// anybody, so it is guarded no longer, and its pages stay lost for good.
+    pub(crate) fn repair(&self, remap: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let pages = &self.slot.pages;
+        let seen = pages.load(Ordering::SeqCst);
+        let during = seen & !LOST | REPAIRING;
+        let swap = |from, to| pages.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst);
+        if seen & (LOST | REPAIRING) != LOST || swap(seen, during).is_err() {
+            return Ok(());
+        }
+        if let Err(error) = remap() {
+            let start = self.slot.start.load(Ordering::SeqCst);
+            self.slot.end.store(start, Ordering::SeqCst);
+            return Err(error);
+        }
+        if swap(during, (during & !REPAIRING).wrapping_add(REPAIRED)).is_err() {
+            // Lost again meanwhile: the next one tries again.
+            pages.fetch_and(!REPAIRING, Ordering::SeqCst);
+        }
+        Ok(())
     }
 }
 
@@ -189,8 +257,10 @@ fn replace_page_in(slot: &Slot, address: usize) -> bool {
     }
     let granule = slot.granule.load(Ordering::Relaxed);
     let page = address & !(granule - 1);
+    // Rule 4: before the page is replaced.
+    slot.pages.fetch_or(LOST, Ordering::SeqCst);
     // SAFETY: rule 2. The page lies in the guarded mapping, which the guard keeps alive and
-    // which only volatile accesses and the kernel touch, so its bytes may change.
+    // which only volatile accesses and the kernel touch (`Pages`), so its bytes may change.
     let mapped = unsafe {
         libc::mmap(
             page as *mut libc::c_void,
@@ -204,17 +274,13 @@ fn replace_page_in(slot: &Slot, address: usize) -> bool {
     if mapped == libc::MAP_FAILED {
         return false;
     }
-    slot.hit.store(true, Ordering::SeqCst);
-    let one = 1u64.to_ne_bytes();
-    // SAFETY: rule 3 keeps the descriptor open, and the buffer is 8 bytes long. A full
-    // counter has been noticed or will be, so the result does not matter.
-    unsafe {
-        libc::write(
-            slot.event.load(Ordering::Relaxed),
-            one.as_ptr().cast(),
-            one.len(),
-        )
-    };
+    let event = slot.event.load(Ordering::Relaxed);
+    if event >= 0 {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: rule 3 keeps the descriptor open, and the buffer is 8 bytes long. A full
+        // counter has been noticed or will be, so the result does not matter.
+        unsafe { libc::write(event, one.as_ptr().cast(), one.len()) };
+    }
     true
 }
 

@@ -1,0 +1,154 @@
+//! Making and removing SR-IOV virtual functions.
+
+use std::io;
+
+use log::info;
+
+use super::inventory::Inventory;
+use super::record::Created;
+use super::{Bindings, Obstacle, SysfsError, User};
+use crate::PciAddress;
+
+impl Bindings {
+    /// Has the physical function make `count` virtual ones, which no driver of this host
+    /// takes, and returns their addresses. As many as there are already are used as they are,
+    /// and not removed at the end.
+    pub fn create_virtual_functions(
+        &self,
+        physical: PciAddress,
+        count: u16,
+    ) -> Result<Vec<PciAddress>, SysfsError> {
+        let refused = |why: String| SysfsError::Sriov {
+            address: physical,
+            wanted: count,
+            why,
+        };
+        let inventory = Inventory::read(&self.host);
+        let function = inventory
+            .find(physical)
+            .ok_or(SysfsError::NoFunction { address: physical })?;
+        if let Some(owner) = function.physical_function {
+            return Err(refused(format!(
+                "it is a virtual function itself; name its physical function {owner}"
+            )));
+        }
+        let Some(sriov) = &function.sriov else {
+            return Err(refused(
+                "it does not offer SR-IOV; some devices and firmwares need it switched on".into(),
+            ));
+        };
+        if count == 0 || count > sriov.total {
+            return Err(refused(format!(
+                "it offers 1 to {}; write vfs={}",
+                sriov.total, sriov.total
+            )));
+        }
+        if sriov.functions.len() == usize::from(count) {
+            return Ok(sriov.functions.clone());
+        }
+        if !sriov.functions.is_empty() {
+            return Err(refused(format!(
+                "it has {} already; write vfs={}, or remove them first (echo 0 to its sriov_numvfs)",
+                sriov.functions.len(),
+                sriov.functions.len()
+            )));
+        }
+        let Some(driver) = function.driver.as_deref() else {
+            return Err(refused(
+                "no driver has it, and only its driver can make them; bind it first".into(),
+            ));
+        };
+        let created = Created {
+            physical,
+            count,
+            owner: self.me.clone(),
+        };
+        self.record.change(|record| {
+            record.sriov.retain(|made| made.physical != physical);
+            record.sriov.push(created);
+            Ok(())
+        })?;
+        let made = self.make(physical, count).and_then(|()| {
+            let inventory = Inventory::read(&self.host);
+            let sriov = inventory.find(physical).and_then(|f| f.sriov.clone());
+            let functions = sriov.map_or(Vec::new(), |sriov| sriov.functions);
+            if functions.len() == usize::from(count) {
+                return Ok(functions);
+            }
+            Err(refused(format!(
+                "{} came; the kernel's log (dmesg) may say why",
+                functions.len()
+            )))
+        });
+        match made {
+            Ok(functions) => {
+                info!("{physical} has made {count} virtual functions");
+                Ok(functions)
+            }
+            Err(error) => {
+                // Whatever there is of them goes; what failed first is what is told.
+                let _ = self.remove_virtual_functions(physical);
+                Err(match error {
+                    // ENOENT stands for a driver without support (Linux, `sriov_numvfs_store`).
+                    SysfsError::Write { ref source, .. }
+                        if source.kind() == io::ErrorKind::NotFound =>
+                    {
+                        refused(format!("its driver {driver} cannot make them"))
+                    }
+                    other => other,
+                })
+            }
+        }
+    }
+
+    fn make(&self, physical: PciAddress, count: u16) -> Result<(), SysfsError> {
+        let directory = self.host.function(physical);
+        let autoprobe = directory.join("sriov_drivers_autoprobe");
+        // Looked at only while functions are made: a driver of this host must not find them.
+        let has_autoprobe = autoprobe.exists();
+        if has_autoprobe {
+            self.host.write(&autoprobe, "0")?;
+        }
+        let made = self
+            .host
+            .write(&directory.join("sriov_numvfs"), &count.to_string());
+        if has_autoprobe {
+            self.host.write(&autoprobe, "1")?;
+        }
+        made
+    }
+
+    /// Removes virtual functions that this process made, and those it took over. Refused while
+    /// someone uses one of them.
+    pub fn remove_virtual_functions(&self, physical: PciAddress) -> Result<(), SysfsError> {
+        let record = self.record.read()?;
+        let mine = |made: &Created| made.physical == physical && made.owner == self.me;
+        if !record.sriov.iter().any(mine) {
+            return Ok(());
+        }
+        let inventory = Inventory::read(&self.host);
+        let sriov = inventory.find(physical).and_then(|f| f.sriov.as_ref());
+        let functions = sriov.map_or(&[][..], |sriov| &sriov.functions);
+        let mut users: Vec<User> = Vec::new();
+        for function in functions
+            .iter()
+            .filter_map(|address| inventory.find(*address))
+        {
+            users.extend(function.users.iter().cloned());
+        }
+        if !users.is_empty() {
+            return Err(SysfsError::Obstacle {
+                address: physical,
+                obstacle: Obstacle::InUse(users),
+            });
+        }
+        if !functions.is_empty() {
+            let number = self.host.function(physical).join("sriov_numvfs");
+            self.host.write(&number, "0")?;
+        }
+        self.record.change(|record| {
+            record.sriov.retain(|made| !mine(made));
+            Ok(())
+        })
+    }
+}
