@@ -9,7 +9,7 @@
 //! * [`nvme`]: the NVMe engine.
 //! * [`remote`]: a function that sits in another server, as a [`farbus_vfio::Function`].
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 pub mod guest;
 pub mod nvme;

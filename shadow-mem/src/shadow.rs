@@ -8,46 +8,22 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use farbus_vfio::nvme::PAGE_SIZE;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vm_memory::{FileOffset, MmapRegion};
 
-/// Shared memory of `len` bytes (whole pages) that others can map by its descriptor.
+/// Shared memory of `len` bytes (whole pages) that others can map by its descriptor, and whose
+/// size nobody can change.
 pub fn shared_memory(name: &str, len: usize) -> io::Result<Arc<MmapRegion>> {
-    let file = memfd(name)?;
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let file = File::from(fd);
     file.set_len(len as u64)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     MmapRegion::from_file(FileOffset::new(file, 0), len)
         .map(Arc::new)
         .map_err(io::Error::other)
-}
-
-fn memfd(name: &str) -> io::Result<File> {
-    vm_memfd::create(name)
-}
-
-/// The one system call that the standard library does not wrap.
-mod vm_memfd {
-    #![allow(
-        unsafe_code,
-        reason = "memfd_create has no safe wrapper among our crates"
-    )]
-    use super::{File, FromRawFd, io};
-    use std::ffi::CString;
-
-    pub(super) fn create(name: &str) -> io::Result<File> {
-        let name = CString::new(name).map_err(io::Error::other)?;
-        // SAFETY: `name` is a valid C string for the call, and the result is checked; a
-        // descriptor that comes back is ours alone.
-        unsafe {
-            let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(File::from_raw_fd(fd))
-        }
-    }
 }
 
 /// A range of the buffer shadow: whole pages.
