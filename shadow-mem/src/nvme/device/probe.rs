@@ -15,8 +15,8 @@ use super::controller::Update;
 use super::submit::push;
 use super::{DeviceError, DeviceHalf};
 
-/// How long one of our own commands may take.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long one of our own commands may take: less than the silence that a peer puts up with.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long to wait between two looks, where no interrupt can be relied on.
 const POLL: Duration = Duration::from_millis(1);
 
