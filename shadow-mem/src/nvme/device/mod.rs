@@ -24,7 +24,8 @@ use farbus_fabric::wire::{
 use farbus_fabric::{FabricError, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, reg};
 use farbus_vfio::{
-    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, RegionIndex,
+    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
+    RegionIndex,
 };
 use log::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -110,6 +111,8 @@ pub struct DeviceHalf {
     controller: Controller,
     vectors: u32,
     event: Arc<EventFd>,
+    /// Why the function cannot be used any more, once it is known to be gone.
+    gone: Option<String>,
     /// Answers and updates to be sent: see [`Self::is_backlogged`].
     outbox: VecDeque<Message>,
     batch: CompleteBatch,
@@ -164,6 +167,7 @@ impl DeviceHalf {
             completion: (0..queues).map(|_| None).collect(),
             vectors,
             event,
+            gone: None,
             outbox: VecDeque::new(),
             batch: CompleteBatch::new(),
             payload: Vec::with_capacity(1024),
@@ -190,6 +194,25 @@ impl DeviceHalf {
     /// then.
     pub fn interrupt(&self) -> &EventFd {
         &self.event
+    }
+
+    /// What the function or its host may say, and the eventfds that tell of it. The claim's
+    /// owner listens, and calls [`Self::fail`].
+    pub fn notices(&self) -> Vec<(Notice, &EventFd)> {
+        self.function.notices()
+    }
+
+    /// The function has failed: the guest sees a fatal status. It gets no further command to
+    /// the device before a reset.
+    pub fn fail(&mut self, code: FaultCode, text: &str) {
+        let update = self.controller.fail(code, text.to_owned());
+        self.report(update);
+    }
+
+    /// Why the function cannot be used any more, once it is known to be gone. The claim can
+    /// only be ended then.
+    pub fn gone(&self) -> Option<&str> {
+        self.gone.as_deref()
     }
 
     /// The device has signalled: sends what it completed.
@@ -248,6 +271,9 @@ impl DeviceHalf {
             controller::Update::Status => self.push_status(),
             controller::Update::Failed { code, text } => {
                 warn!("{}: {text}", self.function.info().label);
+                if code == FaultCode::Gone {
+                    self.gone = Some(text.clone());
+                }
                 self.outbox.push_back(Message::Fault {
                     code,
                     text: Text::truncated(&text),
