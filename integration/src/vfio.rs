@@ -77,7 +77,7 @@ impl LendingServer {
     /// # Errors
     /// When it does not become ready; the error has what it said.
     pub fn start(machine: &Machine, guest: &Guest, options: &str) -> Result<Self> {
-        guest.check("ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0")?;
+        guest.check("ip link set eth0 up && ip addr replace 10.0.2.15/24 dev eth0")?;
         let log = "/tmp/server.log";
         let job = guest.spawn(&format!(
             "farbus-device-server export {options} --listen 0.0.0.0:{PORT} --insecure \
