@@ -67,7 +67,7 @@ impl Attachment {
     }
 
     /// Runs until the claim ends, or `stop` is readable.
-    pub fn run(mut self, stop: &EventFd) -> Ended {
+    pub fn run(&mut self, stop: &EventFd) -> Ended {
         match self.serve(stop) {
             Ok(ended) => ended,
             Err(FabricError::Closed) => Ended::Released,

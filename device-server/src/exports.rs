@@ -11,7 +11,9 @@ use log::{info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// Opens an export's function anew, after it was gone.
-pub type Reopen = Box<dyn Fn() -> anyhow::Result<Arc<dyn Function>> + Send + Sync>;
+pub type Reopen = Box<dyn Fn() -> Result<Arc<dyn Function>, Unopened> + Send + Sync>;
+/// Why it could not be opened anew.
+pub type Unopened = Box<dyn std::error::Error + Send + Sync>;
 
 /// One function that compute servers can claim.
 pub struct Export {
@@ -194,15 +196,14 @@ impl Export {
                 Ok(function)
             }
             Err(error) => {
-                let why = format!("{error:#}");
+                let why = format!("{:#}", anyhow::anyhow!(error));
                 self.lock().function = Err(why.clone());
                 Err(why)
             }
         }
     }
 
-    /// Gives the function up, which is gone: what this process has of it is closed when this
-    /// returns, unless a claim still uses it.
+    /// Gives the function up, which is gone.
     fn fail(&self, why: &str) {
         let function = std::mem::replace(&mut self.lock().function, Err(why.into()));
         let name = self.name.as_str();
@@ -210,9 +211,9 @@ impl Export {
             "{name}: {}; a claim opens it again once the device is back",
             self.state()
         );
-        // A device that vanished without the kernel's knowledge keeps this waiting for a while.
+        // This may be the moment at which it is closed, and closing a device that vanished
+        // without the kernel's knowledge takes a while.
         drop(function);
-        info!("{name}: the function is closed");
     }
 
     /// Has `epoll` say `id` when the function gives a notice.
@@ -273,8 +274,8 @@ impl Claim {
         &self.export
     }
 
-    /// Ends the claim, whose function is gone; the claimant has let go of it.
-    pub fn fail(self, why: &str) {
+    /// The function is gone. Whoever drives it drops it next, and the claim after that.
+    pub fn fail(&self, why: &str) {
         self.export.fail(why);
     }
 }

@@ -178,14 +178,14 @@ fn serve(
         }
     };
     claimed.store(true, Ordering::Release);
-    attach(request, claim, function, &claimant, stop)
+    attach(request, &claim, function, &claimant, stop)
 }
 
 /// Joins a claimant and the function. Whatever way this ends, the function is reset and the
 /// claim's memory gone before the claim is; a function that is gone is closed before that.
 fn attach(
     request: ClaimRequest,
-    claim: Claim,
+    claim: &Claim,
     function: Arc<dyn Function>,
     claimant: &str,
     stop: &EventFd,
@@ -216,13 +216,16 @@ fn attach(
     let mut session = Session::new(granted.describe(description)?);
     session.register(half.shadow(), 0)?;
     info!("{name}: claimed by {claimant} ({})", claim.epoch());
-    let ended = Attachment::new(half, session).run(stop);
+    let mut attachment = Attachment::new(half, session);
+    let ended = attachment.run(stop);
     match ended {
         Ended::Released => info!("{name}: released by {claimant}"),
         Ended::Stopped => info!("{name}: taken from {claimant}: the device server ends"),
         Ended::Failed(why) => {
             warn!("{name}: taken from {claimant}: {why}");
             claim.fail(&why);
+            drop(attachment);
+            info!("{name}: its function is closed");
         }
         Ended::Lost(error) => warn!(
             "{name}: {claimant} is lost: {:#}",
