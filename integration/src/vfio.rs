@@ -103,6 +103,16 @@ impl LendingServer {
         self.guest.check("cat /tmp/server.log")
     }
 
+    /// Kills it and waits for its end: what a crash looks like.
+    ///
+    /// # Errors
+    /// When it does not die.
+    pub fn kill(self) -> Result<()> {
+        self.guest.check("killall -9 farbus-device-server")?;
+        self.job.wait(Deadline::secs(SERVER_SECS))?;
+        self.guest.check("rm /tmp/server.log").map(drop)
+    }
+
     /// Ends it with SIGTERM; it must end with status 0. Returns what it said.
     ///
     /// # Errors

@@ -11,4 +11,5 @@ mod bed;
 mod claims;
 mod data;
 mod guest;
+mod notices;
 mod resume;
