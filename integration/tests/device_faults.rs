@@ -363,3 +363,32 @@ fn killed_device_server_is_started_again_and_its_user_goes_on() -> TestResult {
     machine.quit()?;
     Ok(())
 }
+
+/// QEMU's NVMe controller cannot report errors; this other class of device can.
+#[test]
+fn reported_error_of_a_function_that_nobody_uses_is_in_the_log() -> TestResult {
+    let scratch = Scratch::new("aer")?;
+    let disk = scratch.disk("disk.img", DISK)?;
+    let machine = host("aer")
+        .root_port("rp0", &Value::Null)
+        .block_node("node0", &disk)
+        .device(&json!({
+            "driver": "virtio-blk-pci", "id": "vb0", "bus": "rp0", "drive": "node0",
+            "aer": true, "disable-legacy": "on", "iommu_platform": true,
+        }))
+        .start(&Tools::open()?)?;
+    let shell = machine.wait_guest(Deadline::secs(90))?;
+    let server = LendingServer::start(&machine, &shell, EXPORT)?;
+
+    let injected = machine
+        .qmp()
+        .human("pcie_aer_inject_error vb0 POISON_TLP")?;
+    println!("{injected}");
+
+    let reported = "disk0: vfio 0000:01:00.0 has reported an uncorrectable PCIe error";
+    let tells = || server.log().is_ok_and(|log| log.contains(reported));
+    eventually("the log tells of it", tells)?;
+    println!("{}", server.terminate()?);
+    machine.quit()?;
+    Ok(())
+}

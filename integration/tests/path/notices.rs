@@ -1,16 +1,17 @@
-//! What a function says unasked, from one that says it when told to: it has reported an error, and
-//! its host wants it back.
+//! A faulty function, which does when told to what QEMU's cannot: it has reported an error, its host
+//! wants it back, and it never completes a command.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use farbus_device_server::exports::{Export, Reopen, Unopened};
 use farbus_fabric::FabricError;
 use farbus_fabric::wire::RefusalCode;
 use farbus_integration::scratch::Scratch;
-use farbus_vfio::driver::DriverError;
-use farbus_vfio::nvme::{csts, reg};
+use farbus_vfio::driver::{DriverError, block_command};
+use farbus_vfio::nvme::{DOORBELL_BASE, csts, nvm, reg};
 use farbus_vfio::soft_nvme::SoftNvme;
 use farbus_vfio::{
     DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice, RegionIndex,
@@ -19,12 +20,17 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::bed::{BLOCK, Bed, eventually, export_name};
 
+/// The doorbell of the first I/O submission queue (NVMe 1.4 §3.1.24, a stride of 4 bytes).
+const FIRST_IO_TAIL: u64 = DOORBELL_BASE + 8;
+
 /// What the tests have of a function, even while it is closed.
 struct Signals {
     error: EventFd,
     unplug: EventFd,
     resets: AtomicUsize,
     is_away: AtomicBool,
+    /// The first I/O queue's commands are never begun.
+    is_deaf: AtomicBool,
 }
 
 /// A software drive that gives notices.
@@ -61,6 +67,9 @@ impl Function for Noticing {
         offset: u64,
         data: &[u8],
     ) -> Result<(), FunctionError> {
+        if offset == FIRST_IO_TAIL && self.signals.is_deaf.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         self.drive.region_write(region, offset, data)
     }
 
@@ -119,6 +128,7 @@ fn bed() -> (Bed, Arc<Signals>) {
         unplug: event(),
         resets: AtomicUsize::new(0),
         is_away: AtomicBool::new(false),
+        is_deaf: AtomicBool::new(false),
     });
     let scratch = Scratch::new("notices").unwrap();
     let disk = scratch.join("disk.img");
@@ -213,4 +223,33 @@ fn function_that_nobody_has_claimed_is_let_go_of_as_well() {
         signals.unplug.write(1).unwrap();
         open(&disk, &signals).ok()
     });
+}
+
+#[test]
+fn command_that_never_completes_holds_up_no_other_and_ends_with_a_reset() {
+    let (bed, signals) = bed();
+    let attached = bed.attach();
+    let mut driver = attached.driver(2);
+    driver.write(2, 8, BLOCK, &[7; 4096]).unwrap();
+    signals.is_deaf.store(true, Ordering::Relaxed);
+
+    let flush = block_command(nvm::FLUSH, 0, BLOCK as usize, BLOCK);
+    driver.submit(1, flush).unwrap();
+    let begun = Instant::now();
+    // Longer than either side waits for a sign of life of the other.
+    while begun.elapsed() < Duration::from_secs(6) {
+        let mut read = [0; 4096];
+        driver.read(2, 8, BLOCK, &mut read).unwrap();
+        assert_eq!(read, [7; 4096]);
+        assert!(driver.poll(1).unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
+    signals.is_deaf.store(false, Ordering::Relaxed);
+    driver.enable().unwrap();
+    driver.create_queue_pair(1, 64, Some(1)).unwrap();
+    driver.flush(1).unwrap();
+    let mut read = [0; 4096];
+    driver.read(1, 8, BLOCK, &mut read).unwrap();
+    assert_eq!(read, [7; 4096]);
 }
