@@ -75,6 +75,11 @@ impl Attachment {
         }
     }
 
+    /// Closes the connection, and leaves the function: to drop that may take long.
+    pub fn hang_up(self) -> DeviceHalf {
+        self.half
+    }
+
     fn serve(&mut self, stop: &EventFd) -> Result<Ended, FabricError> {
         let what = |what| move |source| FabricError::Io { what, source };
         let link = self.session.descriptor().as_raw_fd();

@@ -224,7 +224,7 @@ fn attach(
         Ended::Failed(why) => {
             warn!("{name}: taken from {claimant}: {why}");
             claim.fail(&why);
-            drop(attachment);
+            drop(attachment.hang_up());
             info!("{name}: its function is closed");
         }
         Ended::Lost(error) => warn!(
