@@ -4,10 +4,11 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use farbus_fabric::wire::Message;
+use farbus_fabric::wire::{FaultCode, Message};
 use farbus_fabric::{FabricError, Received};
 use farbus_shadow_mem::nvme::device::DeviceHalf;
 use farbus_shadow_mem::session::Session;
+use farbus_vfio::Notice;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -21,6 +22,12 @@ const RECEIVE_BURST: usize = 64;
 const LINK: u64 = 0;
 const INTERRUPT: u64 = 1;
 const STOP: u64 = 2;
+/// The first of the function's notices.
+const NOTICE: u64 = 3;
+
+/// How long the claimant's network may take for the news that the function is gone. A host
+/// that unplugs it waits meanwhile.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 /// How an attachment ended.
 #[derive(Debug)]
@@ -29,6 +36,8 @@ pub enum Ended {
     Released,
     /// This process ends.
     Stopped,
+    /// The function is gone, for this reason; the claimant was told.
+    Failed(String),
     /// The claimant is gone or broke the protocol.
     Lost(FabricError),
 }
@@ -65,12 +74,17 @@ impl Attachment {
     }
 
     /// Runs until the claim ends, or `stop` is readable.
-    pub fn run(mut self, stop: &EventFd) -> Ended {
+    pub fn run(&mut self, stop: &EventFd) -> Ended {
         match self.serve(stop) {
             Ok(ended) => ended,
             Err(FabricError::Closed) => Ended::Released,
             Err(error) => Ended::Lost(error),
         }
+    }
+
+    /// Closes the connection, and leaves the function: to drop that may take long.
+    pub fn hang_up(self) -> DeviceHalf {
+        self.half
     }
 
     fn serve(&mut self, stop: &EventFd) -> Result<Ended, FabricError> {
@@ -85,8 +99,9 @@ impl Attachment {
             watch(&epoll, ControlOperation::Add, fd, id, EventSet::IN)
                 .map_err(what("watching a descriptor"))?;
         }
+        let notices: Vec<Notice> = self.watch_notices(&epoll)?;
         let mut watched = EventSet::IN;
-        let mut events = [EpollEvent::default(); 3];
+        let mut events = [EpollEvent::default(); 4];
         loop {
             let ready = match epoll.wait(self.timeout(), &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -96,19 +111,81 @@ impl Attachment {
                 match event.data() {
                     LINK => self.more = true,
                     INTERRUPT => self.half.interrupted(&mut self.session)?,
-                    _ => return Ok(Ended::Stopped),
+                    STOP => return Ok(Ended::Stopped),
+                    notice => {
+                        let index = (notice - NOTICE) as usize;
+                        self.noticed(notices.get(index).copied())?;
+                    }
                 }
             }
             if self.more {
                 self.receive()?;
             }
             self.look_after()?;
+            if let Some(why) = self.half.gone().map(str::to_owned) {
+                self.say_farewell()?;
+                return Ok(Ended::Failed(why));
+            }
             let wanted = self.interest();
             if wanted != watched {
                 watched = wanted;
                 watch(&epoll, ControlOperation::Modify, link, LINK, watched)
                     .map_err(what("watching the link"))?;
             }
+        }
+    }
+
+    /// Waits for the function's notices, too; returns them in the order of their ids.
+    fn watch_notices(&self, epoll: &Epoll) -> Result<Vec<Notice>, FabricError> {
+        let mut notices = Vec::new();
+        for (id, (notice, event)) in (NOTICE..).zip(self.half.notices()) {
+            watch(
+                epoll,
+                ControlOperation::Add,
+                event.as_raw_fd(),
+                id,
+                EventSet::IN,
+            )
+            .map_err(|source| FabricError::Io {
+                what: "watching the function's notices",
+                source,
+            })?;
+            notices.push(notice);
+        }
+        Ok(notices)
+    }
+
+    fn noticed(&mut self, notice: Option<Notice>) -> Result<(), FabricError> {
+        for (kind, event) in self.half.notices() {
+            if Some(kind) == notice {
+                // Nobody else reads it; when it was not signalled after all, it is next time.
+                let _ = event.read();
+            }
+        }
+        match notice {
+            Some(Notice::UnplugRequested) => {
+                let text = "the device server's host unplugs it, or takes it for another driver";
+                self.half.fail(FaultCode::Gone, text);
+            }
+            Some(Notice::ErrorReported) => {
+                let text = "it has reported an uncorrectable PCIe error";
+                self.half.fail(FaultCode::Fatal, text);
+            }
+            None => {}
+        }
+        self.half.pump(&mut self.session)
+    }
+
+    /// Lets the claimant know that the function is gone, unless its network is too slow.
+    fn say_farewell(&mut self) -> Result<(), FabricError> {
+        let until = Instant::now() + FAREWELL;
+        loop {
+            self.session.flush()?;
+            self.half.pump(&mut self.session)?;
+            if !self.session.is_congested() || Instant::now() > until {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 

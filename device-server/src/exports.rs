@@ -1,22 +1,64 @@
-//! What is exported, and who has claimed it.
+//! What is exported, in what state it is, and who has claimed it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fmt;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use farbus_fabric::wire::{Epoch, ExportName};
-use farbus_vfio::Function;
+use farbus_vfio::{Function, Notice};
+use log::{info, warn};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+/// Opens an export's function anew, after it was gone.
+pub type Reopen = Box<dyn Fn() -> Result<Arc<dyn Function>, Unopened> + Send + Sync>;
+/// Why it could not be opened anew.
+pub type Unopened = Box<dyn std::error::Error + Send + Sync>;
 
 /// One function that compute servers can claim.
 pub struct Export {
     name: ExportName,
-    function: Arc<dyn Function>,
-    claims: Mutex<Claims>,
+    reopen: Option<Reopen>,
+    state: Mutex<Inner>,
+    /// Where notices of a function that nobody has claimed are waited for, and their id there.
+    watch: OnceLock<(Arc<Epoll>, u64)>,
 }
 
-struct Claims {
+struct Inner {
     last_epoch: Epoch,
     /// Who has it now, as it names itself.
     holder: Option<String>,
+    /// The function, or why there is none.
+    function: Result<Arc<dyn Function>, String>,
+}
+
+/// What an export is fit for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It can be claimed.
+    Ready,
+    /// It is someone's.
+    Claimed {
+        /// Who has it, as it names itself.
+        holder: String,
+        /// That claim's epoch.
+        epoch: Epoch,
+    },
+    /// It has no function; the next claim tries to open it again.
+    Failed {
+        /// Why.
+        why: String,
+    },
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ready => f.write_str("ready"),
+            Self::Claimed { holder, epoch } => write!(f, "claimed by {holder} ({epoch})"),
+            Self::Failed { why } => write!(f, "failed: {why}"),
+        }
+    }
 }
 
 /// The exclusive right to an export, until it is dropped.
@@ -27,31 +69,50 @@ pub struct Claim {
 
 /// Why an export could not be claimed.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "export {export} is claimed by {holder} ({epoch}); detach it there first, or wait until that side is found dead"
-)]
-pub struct Busy {
-    export: String,
-    holder: String,
-    epoch: Epoch,
+pub enum ClaimError {
+    /// Someone else has it.
+    #[error(
+        "export {export} is claimed by {holder} ({epoch}); detach it there first, or wait until that side is found dead"
+    )]
+    Busy {
+        /// The export.
+        export: String,
+        /// Who has it.
+        holder: String,
+        /// That claim's epoch.
+        epoch: Epoch,
+    },
+    /// Its function is gone, and not back.
+    #[error("export {export} has failed: {why}; it can be claimed once the device is back")]
+    Failed {
+        /// The export.
+        export: String,
+        /// Why there is no function.
+        why: String,
+    },
 }
 
 impl Export {
-    /// An export that nobody has claimed.
+    /// An export that nobody has claimed. A function that is gone stays so.
     pub fn new(name: ExportName, function: Arc<dyn Function>) -> Self {
         Self {
             name,
-            function,
-            claims: Mutex::new(Claims {
+            reopen: None,
+            state: Mutex::new(Inner {
                 last_epoch: Epoch(0),
                 holder: None,
+                function: Ok(function),
             }),
+            watch: OnceLock::new(),
         }
     }
 
-    /// The function that is exported.
-    pub fn function(&self) -> &Arc<dyn Function> {
-        &self.function
+    /// As [`Self::new`], of a function that can be opened again when it is back.
+    pub fn reopening(name: ExportName, function: Arc<dyn Function>, reopen: Reopen) -> Self {
+        Self {
+            reopen: Some(reopen),
+            ..Self::new(name, function)
+        }
     }
 
     /// The export's name.
@@ -59,24 +120,140 @@ impl Export {
         &self.name
     }
 
-    /// Claims the export for `claimant`, with an epoch higher than every one before; across a
-    /// restart of this process, as long as the clock has not been set back.
-    pub fn claim(self: &Arc<Self>, claimant: &str) -> Result<Claim, Busy> {
-        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(holder) = &claims.holder {
-            return Err(Busy {
-                export: self.name.as_str().into(),
+    /// What it is fit for.
+    pub fn state(&self) -> State {
+        let inner = self.lock();
+        match (&inner.function, &inner.holder) {
+            (Err(why), _) => State::Failed { why: why.clone() },
+            (Ok(_), None) => State::Ready,
+            (Ok(_), Some(holder)) => State::Claimed {
                 holder: holder.clone(),
-                epoch: claims.last_epoch,
-            });
+                epoch: inner.last_epoch,
+            },
         }
-        let epoch = Epoch(clock_epoch().max(claims.last_epoch.0 + 1));
-        claims.last_epoch = epoch;
-        claims.holder = Some(claimant.into());
-        Ok(Claim {
+    }
+
+    /// The state is whole whenever the lock is free, so a panic elsewhere does not matter.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Claims the export for `claimant`, with an epoch higher than every one before; across a
+    /// restart of this process, as long as the clock has not been set back. A function that
+    /// was gone is opened again first.
+    pub fn claim(
+        self: &Arc<Self>,
+        claimant: &str,
+    ) -> Result<(Claim, Arc<dyn Function>), ClaimError> {
+        let mut inner = self.lock();
+        let export = || self.name.as_str().to_owned();
+        match (&inner.holder, &inner.function) {
+            (None, _) => {}
+            // It is being closed, or opened again.
+            (Some(_), Err(why)) => {
+                return Err(ClaimError::Failed {
+                    export: export(),
+                    why: why.clone(),
+                });
+            }
+            (Some(holder), Ok(_)) => {
+                return Err(ClaimError::Busy {
+                    export: export(),
+                    holder: holder.clone(),
+                    epoch: inner.last_epoch,
+                });
+            }
+        }
+        let epoch = Epoch(clock_epoch().max(inner.last_epoch.0 + 1));
+        inner.last_epoch = epoch;
+        inner.holder = Some(claimant.into());
+        let function = inner.function.clone();
+        drop(inner);
+        let claim = Claim {
             export: self.clone(),
             epoch,
-        })
+        };
+        let function = match function {
+            Ok(function) => function,
+            Err(why) => self.open_again(why).map_err(|why| ClaimError::Failed {
+                export: export(),
+                why,
+            })?,
+        };
+        Ok((claim, function))
+    }
+
+    /// Opens the function again, which was gone for the reason `why`.
+    fn open_again(&self, why: String) -> Result<Arc<dyn Function>, String> {
+        let Some(reopen) = &self.reopen else {
+            return Err(why);
+        };
+        match reopen() {
+            Ok(function) => {
+                info!("{}: {} is back", self.name.as_str(), function.info().label);
+                self.lock().function = Ok(function.clone());
+                self.watch(&function);
+                Ok(function)
+            }
+            Err(error) => {
+                let why = format!("{:#}", anyhow::anyhow!(error));
+                self.lock().function = Err(why.clone());
+                Err(why)
+            }
+        }
+    }
+
+    /// Gives the function up, which is gone.
+    fn fail(&self, why: &str) {
+        let function = std::mem::replace(&mut self.lock().function, Err(why.into()));
+        let name = self.name.as_str();
+        warn!(
+            "{name}: {}; a claim opens it again once the device is back",
+            self.state()
+        );
+        // This may be the moment at which it is closed, and closing a device that vanished
+        // without the kernel's knowledge takes a while.
+        drop(function);
+    }
+
+    /// Has `epoll` say `id` when the function gives a notice.
+    fn watch(&self, function: &Arc<dyn Function>) {
+        let Some((epoll, id)) = self.watch.get() else {
+            return;
+        };
+        for (_, event) in function.notices() {
+            // Each signal is told of once: while the function is claimed, nobody reads it here.
+            let told = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, *id);
+            if let Err(error) = epoll.ctl(ControlOperation::Add, event.as_raw_fd(), told) {
+                warn!("{}: a notice is not heard: {error}", self.name.as_str());
+            }
+        }
+    }
+
+    /// Acts on notices, unless a claim does so.
+    fn look_after(&self) {
+        let inner = self.lock();
+        let (None, Ok(function)) = (&inner.holder, &inner.function) else {
+            return;
+        };
+        let mut wanted_back = false;
+        for (notice, event) in function.notices() {
+            if event.read().is_err() {
+                continue;
+            }
+            match notice {
+                Notice::UnplugRequested => wanted_back = true,
+                Notice::ErrorReported => warn!(
+                    "{}: {} has reported an uncorrectable PCIe error; it is reset for the next claim",
+                    self.name.as_str(),
+                    function.info().label
+                ),
+            }
+        }
+        drop(inner);
+        if wanted_back {
+            self.fail("the device server's host unplugs it, or takes it for another driver");
+        }
     }
 }
 
@@ -96,16 +273,18 @@ impl Claim {
     pub fn export(&self) -> &Export {
         &self.export
     }
+
+    /// The function is gone. Whoever drives it drops it next, and the claim after that.
+    pub fn fail(&self, why: &str) {
+        self.export.fail(why);
+    }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut claims = self
-            .export
-            .claims
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        claims.holder = None;
+        self.export.lock().holder = None;
+        // What was signalled since the claimant has last looked.
+        self.export.look_after();
     }
 }
 
@@ -128,5 +307,24 @@ impl Exports {
     pub fn names(&self) -> Vec<String> {
         let names = self.0.iter().map(|export| export.name().as_str());
         names.map(Into::into).collect()
+    }
+
+    /// From now on `epoll` tells when a function gives a notice; each such event's id is
+    /// `first` or higher, and for [`Self::look_after`].
+    pub fn watch(&self, epoll: &Arc<Epoll>, first: u64) {
+        for (id, export) in (first..).zip(self.0.iter()) {
+            let _ = export.watch.set((epoll.clone(), id));
+            let function = export.lock().function.clone();
+            if let Ok(function) = function {
+                export.watch(&function);
+            }
+        }
+    }
+
+    /// Acts on a notice of the function of the export with this place in the list.
+    pub fn look_after(&self, index: u64) {
+        if let Some(export) = self.0.get(index as usize) {
+            export.look_after();
+        }
     }
 }

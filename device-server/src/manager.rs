@@ -15,7 +15,7 @@ use std::time::Duration;
 use farbus_fabric::FabricError;
 use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
 use farbus_fabric::wire::{Description, EngineKind, InterruptCounts, RefusalCode, Region};
-use farbus_shadow_mem::nvme::device::{DeviceHalf, Limits};
+use farbus_shadow_mem::nvme::device::{DeviceError, DeviceHalf, Limits};
 use farbus_shadow_mem::session::Session;
 use farbus_vfio::{Function, FunctionError};
 use log::{info, warn};
@@ -23,12 +23,17 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attachment::{Attachment, Ended};
-use crate::exports::{Claim, Exports};
+use crate::exports::{Claim, ClaimError, Exports};
 
 /// How long a peer may take from connecting to the end of set-up.
 const SETUP_DEADLINE: Duration = Duration::from_secs(10);
 /// Connections at a time, claimed or not. More are closed at once.
 const MAX_CONNECTIONS: usize = 256;
+
+const LISTENER: u64 = 0;
+const SIGNALS: u64 = 1;
+/// Where the ids of the exports' notices begin.
+const NOTICES: u64 = 2;
 
 /// Accepts connections for a set of exports.
 pub struct Manager {
@@ -65,11 +70,15 @@ impl Manager {
 
     /// Accepts until `signals` is readable; then ends all attachments and waits for them.
     pub fn run(self, signals: &OwnedFd) -> io::Result<()> {
-        let epoll = Epoll::new()?;
-        for (id, fd) in [(0, self.listener.as_raw_fd()), (1, signals.as_raw_fd())] {
+        let epoll = Arc::new(Epoll::new()?);
+        for (id, fd) in [
+            (LISTENER, self.listener.as_raw_fd()),
+            (SIGNALS, signals.as_raw_fd()),
+        ] {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))?;
         }
-        let mut events = [EpollEvent::default(); 2];
+        self.exports.watch(&epoll, NOTICES);
+        let mut events = [EpollEvent::default(); 8];
         let mut threads: Vec<Serving> = Vec::new();
         let count = Arc::new(AtomicUsize::new(0));
         'accepting: loop {
@@ -78,11 +87,14 @@ impl Manager {
                 ready => ready?,
             };
             for event in &events[..ready] {
-                if event.data() == 1 {
-                    break 'accepting;
+                match event.data() {
+                    SIGNALS => break 'accepting,
+                    LISTENER => {
+                        threads.retain(|serving| !serving.thread.is_finished());
+                        self.accept(&count, &mut threads);
+                    }
+                    notice => self.exports.look_after(notice - NOTICES),
                 }
-                threads.retain(|serving| !serving.thread.is_finished());
-                self.accept(&count, &mut threads);
             }
         }
         self.stop.write(1)?;
@@ -154,38 +166,49 @@ fn serve(
         info!("refused {claimant}: {text}");
         return request.refuse(RefusalCode::UnknownExport, &text);
     };
-    let claim = match export.claim(&claimant) {
-        Ok(claim) => claim,
-        Err(busy) => {
-            info!("refused {claimant}: {busy}");
-            return request.refuse(RefusalCode::Busy, &busy.to_string());
+    let (claim, function) = match export.claim(&claimant) {
+        Ok(claimed) => claimed,
+        Err(error) => {
+            info!("refused {claimant}: {error}");
+            let code = match error {
+                ClaimError::Busy { .. } => RefusalCode::Busy,
+                ClaimError::Failed { .. } => RefusalCode::NotReady,
+            };
+            return request.refuse(code, &error.to_string());
         }
     };
     claimed.store(true, Ordering::Release);
-    attach(request, &claim, &claimant, stop)
+    attach(request, &claim, function, &claimant, stop)
 }
 
 /// Joins a claimant and the function. Whatever way this ends, the function is reset and the
-/// claim's memory gone before the claim is.
+/// claim's memory gone before the claim is; a function that is gone is closed before that.
 fn attach(
     request: ClaimRequest,
     claim: &Claim,
+    function: Arc<dyn Function>,
     claimant: &str,
     stop: &EventFd,
 ) -> Result<(), FabricError> {
-    let export = claim.export();
-    let name = export.name().as_str();
+    let name = claim.export().name().clone();
+    let name = name.as_str();
     let limits = Limits::default();
-    let opened = DeviceHalf::open(export.function().clone(), limits).map_err(anyhow::Error::new);
-    let opened = opened.and_then(|half| {
-        let description = describe(export.function().as_ref(), &half)?;
+    let opened = DeviceHalf::open(function.clone(), limits).and_then(|half| {
+        let description = describe(function.as_ref(), &half)?;
         Ok((half, description))
     });
+    // From here on it is the half's, and the export's.
+    drop(function);
     let (half, description) = match opened {
         Ok(opened) => opened,
         Err(error) => {
-            let text = format!("export {name} cannot be used: {error:#}");
+            let gone = matches!(&error, DeviceError::Function(FunctionError::Gone(_)));
+            let why = format!("{:#}", anyhow::Error::new(error));
+            let text = format!("export {name} cannot be used: {why}");
             warn!("refused {claimant}: {text}");
+            if gone {
+                claim.fail(&why);
+            }
             return request.refuse(RefusalCode::Internal, &text);
         }
     };
@@ -193,10 +216,17 @@ fn attach(
     let mut session = Session::new(granted.describe(description)?);
     session.register(half.shadow(), 0)?;
     info!("{name}: claimed by {claimant} ({})", claim.epoch());
-    let ended = Attachment::new(half, session).run(stop);
+    let mut attachment = Attachment::new(half, session);
+    let ended = attachment.run(stop);
     match ended {
         Ended::Released => info!("{name}: released by {claimant}"),
         Ended::Stopped => info!("{name}: taken from {claimant}: the device server ends"),
+        Ended::Failed(why) => {
+            warn!("{name}: taken from {claimant}: {why}");
+            claim.fail(&why);
+            drop(attachment.hang_up());
+            info!("{name}: its function is closed");
+        }
         Ended::Lost(error) => warn!(
             "{name}: {claimant} is lost: {:#}",
             anyhow::Error::new(error)

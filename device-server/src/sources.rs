@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use farbus_vfio::user::{ClientError, UserFunction};
 use farbus_vfio::{Function, PciAddress};
 use log::{info, warn};
 
-use crate::exports::Export;
+use crate::exports::{Export, Reopen};
 
 /// How long a vfio-user server may take for one answer. It is as long as the fabric's other
 /// side waits before it calls the device hung.
@@ -192,11 +192,37 @@ pub fn check(orders: &[Order]) -> Result<(), OrderError> {
     Ok(())
 }
 
+/// A PCI function that is ready to be opened.
+struct Lent {
+    address: PciAddress,
+    name: ExportName,
+    /// Whether it may be taken from another driver.
+    bind: bool,
+}
+
 /// Opened functions, and what was changed on the host for them.
 pub struct Stock {
     exports: Vec<Export>,
-    open: Vec<Weak<dyn Function>>,
-    bindings: Option<Bindings>,
+    open: Arc<Opened>,
+    /// Exports share them, and must not keep them.
+    bindings: Option<Arc<Bindings>>,
+}
+
+/// The functions that this process has opened, as far as they are still open.
+#[derive(Default)]
+struct Opened(Mutex<Vec<Weak<dyn Function>>>);
+
+impl Opened {
+    fn add(&self, function: &Arc<dyn Function>) {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|function| function.strong_count() > 0);
+        open.push(Arc::downgrade(function));
+    }
+
+    fn is_empty(&self) -> bool {
+        let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.iter().all(|function| function.strong_count() == 0)
+    }
 }
 
 impl Stock {
@@ -213,14 +239,26 @@ impl Stock {
         let bindings = open_bindings(host, state_dir, &wanted)?;
         let mut stock = Self {
             exports: Vec::new(),
-            open: Vec::new(),
-            bindings,
+            open: Arc::default(),
+            bindings: bindings.map(Arc::new),
         };
         let pci = stock.lend(orders)?;
         refuse_shared_groups(host, &pci)?;
-        for (address, name) in pci {
+        for Lent {
+            address,
+            name,
+            bind,
+        } in pci
+        {
             warn_about_class(host, address);
-            stock.add(name, open_pci(address)?)?;
+            let bindings = stock.bindings.as_ref().map(Arc::downgrade);
+            let lend_again = move || -> Result<Arc<dyn Function>, SourceError> {
+                if let Some(bindings) = bindings.as_ref().and_then(Weak::upgrade) {
+                    bindings.lend(address, bind)?;
+                }
+                open_pci(address)
+            };
+            stock.add(name, open_pci(address)?, lend_again)?;
         }
         for order in orders {
             let Some(name) = order.name.clone() else {
@@ -228,10 +266,13 @@ impl Stock {
             };
             match &order.source {
                 Source::SoftNvme(config) => {
-                    let drive = SoftNvme::open(config).map_err(SourceError::SoftNvme)?;
-                    stock.add(name, Arc::new(drive))?;
+                    let config = config.clone();
+                    stock.add(name, open_soft(&config)?, move || open_soft(&config))?;
                 }
-                Source::VfioUser(path) => stock.add(name, open_user(path)?)?,
+                Source::VfioUser(path) => {
+                    let path = path.clone();
+                    stock.add(name, open_user(&path)?, move || open_user(&path))?;
+                }
                 Source::Pci { .. } | Source::Sriov { .. } => {}
             }
         }
@@ -239,7 +280,7 @@ impl Stock {
     }
 
     /// Has the host lend the PCI functions, and makes the virtual ones.
-    fn lend(&self, orders: &[Order]) -> Result<Vec<(PciAddress, ExportName)>, SourceError> {
+    fn lend(&self, orders: &[Order]) -> Result<Vec<Lent>, SourceError> {
         let mut functions = Vec::new();
         let Some(bindings) = &self.bindings else {
             return Ok(functions);
@@ -248,13 +289,21 @@ impl Stock {
             match (&order.source, &order.name) {
                 (Source::Pci { address, bind }, Some(name)) => {
                     bindings.lend(*address, *bind)?;
-                    functions.push((*address, name.clone()));
+                    functions.push(Lent {
+                        address: *address,
+                        name: name.clone(),
+                        bind: *bind,
+                    });
                 }
                 (Source::Sriov { physical, count }, prefix) => {
                     let made = bindings.create_virtual_functions(*physical, *count)?;
                     for (number, address) in made.into_iter().enumerate() {
                         bindings.lend(address, true)?;
-                        functions.push((address, virtual_name(address, number, prefix)?));
+                        functions.push(Lent {
+                            address,
+                            name: virtual_name(address, number, prefix)?,
+                            bind: true,
+                        });
                     }
                 }
                 _ => {}
@@ -263,22 +312,30 @@ impl Stock {
         Ok(functions)
     }
 
-    fn add(&mut self, name: ExportName, function: Arc<dyn Function>) -> Result<(), SourceError> {
-        let info = function.info();
-        if !info.resettable {
-            return Err(SourceError::NoReset {
-                what: info.label.clone(),
-            });
-        }
+    /// Adds an export; `reopen` opens its function again after it was gone.
+    fn add(
+        &mut self,
+        name: ExportName,
+        function: Arc<dyn Function>,
+        reopen: impl Fn() -> Result<Arc<dyn Function>, SourceError> + Send + Sync + 'static,
+    ) -> Result<(), SourceError> {
+        refuse_without_reset(function.as_ref())?;
         // Names of virtual functions are known only now.
         if self.exports.iter().any(|export| *export.name() == name) {
             return Err(SourceError::Order(OrderError::SameName {
                 name: name.as_str().into(),
             }));
         }
-        info!("exports {} as {}", info.label, name.as_str());
-        self.open.push(Arc::downgrade(&function));
-        self.exports.push(Export::new(name, function));
+        info!("exports {} as {}", function.info().label, name.as_str());
+        self.open.add(&function);
+        let open = self.open.clone();
+        let reopen: Reopen = Box::new(move || {
+            let function = reopen()?;
+            refuse_without_reset(function.as_ref())?;
+            open.add(&function);
+            Ok(function)
+        });
+        self.exports.push(Export::reopening(name, function, reopen));
         Ok(())
     }
 
@@ -295,11 +352,10 @@ impl Drop for Stock {
         self.exports.clear();
         if let Some(bindings) = self.bindings.take() {
             let begin = Instant::now();
-            let is_open = |function: &Weak<dyn Function>| function.strong_count() > 0;
-            while self.open.iter().any(is_open) && begin.elapsed() < CLOSING {
+            while !self.open.is_empty() && begin.elapsed() < CLOSING {
                 thread::sleep(CLOSING_STEP);
             }
-            drop(bindings);
+            bindings.give_back_all();
         }
     }
 }
@@ -340,16 +396,27 @@ fn virtual_name(
     })
 }
 
-fn refuse_shared_groups(
-    host: &Host,
-    functions: &[(PciAddress, ExportName)],
-) -> Result<(), SourceError> {
+/// A function that cannot be reset would show one tenant's data to the next.
+fn refuse_without_reset(function: &dyn Function) -> Result<(), SourceError> {
+    let info = function.info();
+    if info.resettable {
+        return Ok(());
+    }
+    Err(SourceError::NoReset {
+        what: info.label.clone(),
+    })
+}
+
+fn refuse_shared_groups(host: &Host, functions: &[Lent]) -> Result<(), SourceError> {
     if functions.is_empty() {
         return Ok(());
     }
     let inventory = Inventory::read(host);
     let mut groups: BTreeMap<u32, PciAddress> = BTreeMap::new();
-    for (second, _) in functions {
+    for Lent {
+        address: second, ..
+    } in functions
+    {
         let group = inventory.find(*second).and_then(|f| f.iommu_group);
         let Some(group) = group else { continue };
         if let Some(first) = groups.insert(group, *second) {
@@ -381,6 +448,11 @@ pub fn has_engine(class: ClassCode) -> bool {
 
 fn open_pci(address: PciAddress) -> Result<Arc<dyn Function>, SourceError> {
     Ok(Arc::new(VfioFunction::open(address)?))
+}
+
+fn open_soft(config: &SoftNvmeConfig) -> Result<Arc<dyn Function>, SourceError> {
+    let drive = SoftNvme::open(config).map_err(SourceError::SoftNvme)?;
+    Ok(Arc::new(drive))
 }
 
 fn open_user(path: &Path) -> Result<Arc<dyn Function>, SourceError> {

@@ -77,7 +77,7 @@ impl LendingServer {
     /// # Errors
     /// When it does not become ready; the error has what it said.
     pub fn start(machine: &Machine, guest: &Guest, options: &str) -> Result<Self> {
-        guest.check("ip link set eth0 up && ip addr add 10.0.2.15/24 dev eth0")?;
+        guest.check("ip link set eth0 up && ip addr replace 10.0.2.15/24 dev eth0")?;
         let log = "/tmp/server.log";
         let job = guest.spawn(&format!(
             "farbus-device-server export {options} --listen 0.0.0.0:{PORT} --insecure \
@@ -101,6 +101,16 @@ impl LendingServer {
     /// When the guest does not answer.
     pub fn log(&self) -> Result<String> {
         self.guest.check("cat /tmp/server.log")
+    }
+
+    /// Kills it and waits for its end: what a crash looks like.
+    ///
+    /// # Errors
+    /// When it does not die.
+    pub fn kill(self) -> Result<()> {
+        self.guest.check("killall -9 farbus-device-server")?;
+        self.job.wait(Deadline::secs(SERVER_SECS))?;
+        self.guest.check("rm /tmp/server.log").map(drop)
     }
 
     /// Ends it with SIGTERM; it must end with status 0. Returns what it said.

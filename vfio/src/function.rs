@@ -204,6 +204,16 @@ impl FunctionError {
     }
 }
 
+/// What a function, or its host, says unasked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The host wants the function back, because it is to be unplugged or to change its
+    /// driver. It waits until the function is dropped.
+    UnplugRequested,
+    /// The function has reported an uncorrectable error (PCIe 6.2). Only a reset helps.
+    ErrorReported,
+}
+
 /// One PCIe function.
 ///
 /// Calls take `&self` and may come from several threads; an implementation orders accesses
@@ -267,4 +277,10 @@ pub trait Function: Send + Sync {
     /// Brings the function to its state after power-on (PCIe 6.6.2, function level reset).
     /// DMA windows and interrupt eventfds stay set; no DMA of before the reset follows it.
     fn reset(&self) -> Result<(), FunctionError>;
+
+    /// The notices that can come, each with the eventfd that is signalled for it. They do not
+    /// change while the function is open.
+    fn notices(&self) -> Vec<(Notice, &EventFd)> {
+        Vec::new()
+    }
 }

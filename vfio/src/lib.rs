@@ -18,6 +18,6 @@ pub mod user;
 
 pub use function::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind,
-    Iova, RegionIndex, RegionInfo,
+    Iova, Notice, RegionIndex, RegionInfo,
 };
 pub use pci::PciAddress;

@@ -48,9 +48,14 @@ impl Bed {
 
     /// With any function.
     pub(crate) fn with_function(scratch: Scratch, function: Arc<dyn Function>) -> Self {
+        Self::with_export(scratch, Export::new(export_name(), function))
+    }
+
+    /// With an export, named [`export_name`].
+    pub(crate) fn with_export(scratch: Scratch, export: Export) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let exports = Exports::new(vec![Export::new(export_name(), function)]);
+        let exports = Exports::new(vec![export]);
         let manager = Manager::new(listener, exports).unwrap();
         let (stop, stopped) = UnixStream::pair().unwrap();
         let stopped: OwnedFd = stopped.into();

@@ -11,5 +11,6 @@ mod bed;
 mod claims;
 mod data;
 mod guest;
+mod notices;
 mod proxy;
 mod resume;

@@ -22,7 +22,8 @@ use super::open::{Opened, open};
 use crate::PciAddress;
 use crate::config::{EXTENDED_SIZE, LEGACY_SIZE, command, header};
 use crate::function::{
-    DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, RegionIndex, RegionInfo,
+    DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice, RegionIndex,
+    RegionInfo,
 };
 use crate::sysfs::Host;
 
@@ -388,5 +389,12 @@ impl Function for VfioFunction {
         };
         outcome.map_err(|source| self.refused(format!("resetting {}", self.address), source))?;
         self.change_command(0, command::IO | command::MEMORY | command::BUS_MASTER)
+    }
+
+    fn notices(&self) -> Vec<(Notice, &EventFd)> {
+        vec![
+            (Notice::UnplugRequested, &self.unplug),
+            (Notice::ErrorReported, &self.error),
+        ]
     }
 }

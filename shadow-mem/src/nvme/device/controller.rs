@@ -21,6 +21,8 @@ const HEALTH: Duration = Duration::from_millis(500);
 /// PCI command register: memory space and bus master (PCI 3.0 §6.2.2).
 const COMMAND: u16 = 0x04;
 const COMMAND_ON: u16 = 0b110;
+/// Revision and class code (PCI 3.0 §6.2.1).
+const REVISION: u16 = 0x08;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -94,6 +96,13 @@ impl Controller {
         self.function.config_read(COMMAND, &mut command)?;
         let command = u16::from_le_bytes(command) | COMMAND_ON;
         self.function.config_write(COMMAND, &command.to_le_bytes())
+    }
+
+    /// Whether even configuration space is no longer there: registers of a device that was
+    /// pulled out may read as anything. The ids may be the host's; revision and class are not.
+    fn is_absent(&self) -> bool {
+        let mut class = [0; 4];
+        self.function.config_read(REVISION, &mut class).is_ok() && class == [0xff; 4]
     }
 
     fn read32(&self, offset: u64) -> Result<u32, FunctionError> {
@@ -179,7 +188,7 @@ impl Controller {
         }
     }
 
-    fn fail(&mut self, code: FaultCode, text: String) -> Update {
+    pub(super) fn fail(&mut self, code: FaultCode, text: String) -> Update {
         self.state = State::Failed;
         Update::Failed { code, text }
     }
@@ -234,6 +243,11 @@ impl Controller {
                 );
                 self.fail(FaultCode::Unresponsive, text)
             }
+            State::On if !ready && self.is_absent() => self.fail(
+                FaultCode::Gone,
+                "the function's configuration space reads as all ones: it is no longer there"
+                    .into(),
+            ),
             State::On if !ready => {
                 let text = format!("the controller is no longer ready (CSTS {status:#x})");
                 self.fail(FaultCode::Fatal, text)
@@ -314,6 +328,9 @@ impl DeviceHalf {
             }
             Err(error) => {
                 self.controller.state = State::Failed;
+                if let FunctionError::Gone(_) = &error {
+                    self.gone = Some(error.to_string());
+                }
                 Err(error)
             }
         }

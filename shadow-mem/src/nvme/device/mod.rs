@@ -24,7 +24,8 @@ use farbus_fabric::wire::{
 use farbus_fabric::{FabricError, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, reg};
 use farbus_vfio::{
-    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, RegionIndex,
+    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
+    RegionIndex,
 };
 use log::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -112,6 +113,8 @@ pub struct DeviceHalf {
     /// Completions of commands that were never sent.
     strays: u64,
     event: Arc<EventFd>,
+    /// Why the function cannot be used any more, once it is known to be gone.
+    gone: Option<String>,
     /// Answers and updates to be sent: see [`Self::is_backlogged`].
     outbox: VecDeque<Message>,
     batch: CompleteBatch,
@@ -167,6 +170,7 @@ impl DeviceHalf {
             vectors,
             strays: 0,
             event,
+            gone: None,
             outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
             batch: CompleteBatch::new(),
             payload: Vec::with_capacity(1024),
@@ -193,6 +197,25 @@ impl DeviceHalf {
     /// then.
     pub fn interrupt(&self) -> &EventFd {
         &self.event
+    }
+
+    /// What the function or its host may say, and the eventfds that tell of it. The claim's
+    /// owner listens, and calls [`Self::fail`].
+    pub fn notices(&self) -> Vec<(Notice, &EventFd)> {
+        self.function.notices()
+    }
+
+    /// The function has failed: the guest sees a fatal status. It gets no further command to
+    /// the device before a reset.
+    pub fn fail(&mut self, code: FaultCode, text: &str) {
+        let update = self.controller.fail(code, text.to_owned());
+        self.report(update);
+    }
+
+    /// Why the function cannot be used any more, once it is known to be gone. The claim can
+    /// only be ended then.
+    pub fn gone(&self) -> Option<&str> {
+        self.gone.as_deref()
     }
 
     /// The device has signalled: sends what it completed.
@@ -251,6 +274,9 @@ impl DeviceHalf {
             controller::Update::Status => self.push_status(),
             controller::Update::Failed { code, text } => {
                 warn!("{}: {text}", self.function.info().label);
+                if code == FaultCode::Gone {
+                    self.gone = Some(text.clone());
+                }
                 self.outbox.push_back(Message::Fault {
                     code,
                     text: Text::truncated(&text),
