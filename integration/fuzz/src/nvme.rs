@@ -9,8 +9,8 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use farbus_vfio::nvme::{
-    CQE_SIZE, CompletionEntry, DOORBELL_BASE, PAGE_SIZE, SQE_SIZE, Status, SubmissionEntry, admin,
-    cap, cc, cns, csts, nvm, reg,
+    CQE_SIZE, CompletionEntry, DOORBELL_BASE, PAGE_SIZE, PCI_CLASS, SQE_SIZE, Status,
+    SubmissionEntry, admin, cap, cc, cns, csts, nvm, reg,
 };
 use farbus_vfio::{
     DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind, Iova,
@@ -655,11 +655,11 @@ impl Function for FakeNvme {
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
         let state = self.state();
         for (at, byte) in (usize::from(offset)..).zip(data) {
-            *byte = at
-                .checked_sub(4)
-                .and_then(|at| state.command.get(at))
-                .copied()
-                .unwrap_or(0);
+            *byte = match at {
+                4 | 5 => state.command.get(at - 4).copied().unwrap_or(0),
+                9..=11 => (PCI_CLASS >> (8 * (at - 9))) as u8,
+                _ => 0,
+            };
         }
         Ok(())
     }

@@ -159,6 +159,18 @@ fn controller_that_never_becomes_ready_cannot_be_claimed() {
 }
 
 #[test]
+fn device_of_another_class_is_refused_before_it_is_touched() {
+    let device = FakeNvme::new();
+    device.state().faults.is_no_nvme = true;
+
+    let refused = DeviceHalf::open(device.clone(), LIMITS);
+
+    assert!(matches!(refused, Err(DeviceError::NoEngine { class: 0 })));
+    assert_eq!(device.state().resets, 0);
+    assert!(device.state().windows.is_empty());
+}
+
+#[test]
 fn controller_that_never_stops_is_a_fault_when_its_time_is_up() {
     let mut claim = Claim::with_queues();
     claim.device.state().faults.reads_to_stop = u32::MAX;

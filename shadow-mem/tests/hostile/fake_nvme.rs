@@ -7,8 +7,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use farbus_vfio::nvme::{
-    CQE_SIZE, CompletionEntry, DOORBELL_BASE, PAGE_SIZE, SQE_SIZE, Status, SubmissionEntry, admin,
-    cap, cc, cns, csts, nvm, reg,
+    CQE_SIZE, CompletionEntry, DOORBELL_BASE, PAGE_SIZE, PCI_CLASS, SQE_SIZE, Status,
+    SubmissionEntry, admin, cap, cc, cns, csts, nvm, reg,
 };
 use farbus_vfio::{
     DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind, Iova,
@@ -40,6 +40,8 @@ pub(crate) struct Faults {
     pub prompt: bool,
     /// It refuses the host memory that it asked for.
     pub refuses_host_memory: bool,
+    /// It is a device of another class.
+    pub is_no_nvme: bool,
 }
 
 impl Default for Faults {
@@ -51,6 +53,7 @@ impl Default for Faults {
             resets_fail: false,
             prompt: true,
             refuses_host_memory: false,
+            is_no_nvme: false,
         }
     }
 }
@@ -468,8 +471,12 @@ impl Function for FakeNvme {
         &self.info
     }
 
-    fn config_read(&self, _: u16, data: &mut [u8]) -> Result<(), FunctionError> {
+    /// Zeroes, but for the class code.
+    fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
         data.fill(0);
+        if offset == 8 && !self.state().faults.is_no_nvme {
+            data.copy_from_slice(&(PCI_CLASS << 8).to_le_bytes()[..data.len()]);
+        }
         Ok(())
     }
 

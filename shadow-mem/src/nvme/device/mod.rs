@@ -22,7 +22,7 @@ use farbus_fabric::wire::{
     CompleteBatch, Data, FaultCode, Header, Kind, Message, RequestId, Submit, Text, WireError,
 };
 use farbus_fabric::{FabricError, Sink, Span};
-use farbus_vfio::nvme::{DOORBELL_BASE, reg};
+use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
     RegionIndex,
@@ -72,6 +72,14 @@ pub enum DeviceError {
     /// Memory could not be had.
     #[error("memory for the buffer shadow and the queues could not be had")]
     Memory(#[source] io::Error),
+    /// The function is of another device class: its registers mean something else.
+    #[error(
+        "no engine carries devices of class {class:06x}; there is one for NVMe ({PCI_CLASS:06x})"
+    )]
+    NoEngine {
+        /// Class, subclass and programming interface.
+        class: u32,
+    },
     /// The function has no interrupts that a server can wait for.
     #[error("the function has neither MSI-X nor MSI interrupts")]
     NoInterrupts,
@@ -125,6 +133,7 @@ impl DeviceHalf {
     /// Takes hold of a function: resets it, gives it the claim's fresh memory, and asks it
     /// what it is.
     pub fn open(function: Arc<dyn Function>, limits: Limits) -> Result<Self, DeviceError> {
+        check_class(function.as_ref())?;
         let info = function.info();
         if info.resettable {
             function.reset()?;
@@ -436,6 +445,17 @@ impl Drop for DeviceHalf {
                 warn!("{label}: could not take memory back: {error}");
             }
         }
+    }
+}
+
+/// Looks before anything is written whether this is an NVMe controller (PCI 3.0 §6.2.1: class
+/// code at offset 9).
+fn check_class(function: &dyn Function) -> Result<(), DeviceError> {
+    let mut code = [0; 4];
+    function.config_read(0x08, &mut code)?;
+    match u32::from_le_bytes(code) >> 8 {
+        PCI_CLASS => Ok(()),
+        class => Err(DeviceError::NoEngine { class }),
     }
 }
 
