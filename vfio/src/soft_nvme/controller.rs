@@ -215,7 +215,7 @@ impl Controller {
 
     /// Takes the next command of a queue, if there is one to take.
     pub(super) fn fetch(&self, sq: &Sq, pins: &mut Pins) -> Option<(SubmissionEntry, bool)> {
-        self.fetched(sq.fetch(&self.dma, pins, || self.is_running()))
+        self.fetched(&sq.fetch(&self.dma, pins, || self.is_running()))
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -224,10 +224,10 @@ impl Controller {
 
     pub(super) fn fetched(
         &self,
-        outcome: Result<Fetched, Unreachable>,
+        outcome: &Result<Fetched, Unreachable>,
     ) -> Option<(SubmissionEntry, bool)> {
         match outcome {
-            Ok(Fetched::Command { entry, more }) => Some((entry, more)),
+            Ok(Fetched::Command { entry, more }) => Some((*entry, *more)),
             Ok(Fetched::Nothing) => None,
             Err(Unreachable) => {
                 self.fail("a submission queue");

@@ -28,7 +28,7 @@ impl Controller {
         let mut due = false;
         for _ in 0..sq.entries() {
             let fetched = sq.fetch_in_batch(&self.dma, &mut scratch.pins, || self.is_running());
-            let Some((command, _)) = self.fetched(fetched) else {
+            let Some((command, _)) = self.fetched(&fetched) else {
                 break;
             };
             let status = io::execute(self, &command, scratch);

@@ -93,11 +93,11 @@ pub(super) fn open(config: &SoftNvmeConfig) -> Result<Backing, BackingError> {
     }
 }
 
-fn open_file(config: &SoftNvmeConfig, path: &PathBuf) -> Result<FileBacking, BackingError> {
+fn open_file(config: &SoftNvmeConfig, path: &Path) -> Result<FileBacking, BackingError> {
     let fail = |verb| {
         move |source: io::Error| BackingError::Io {
             verb,
-            path: path.clone(),
+            path: path.to_owned(),
             source,
         }
     };
@@ -109,19 +109,19 @@ fn open_file(config: &SoftNvmeConfig, path: &PathBuf) -> Result<FileBacking, Bac
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let size = config
                 .size
-                .ok_or_else(|| BackingError::Missing(path.clone()))?;
+                .ok_or_else(|| BackingError::Missing(path.to_owned()))?;
             create(path, size).map_err(fail("create"))?
         }
         Err(error) => return Err(fail("open")(error)),
     };
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => return Err(BackingError::InUse(path.clone())),
+        Err(rustix::io::Errno::WOULDBLOCK) => return Err(BackingError::InUse(path.to_owned())),
         Err(error) => return Err(fail("lock")(error.into())),
     }
     let kind = file.metadata().map_err(fail("examine"))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(BackingError::Kind(path.clone()));
+        return Err(BackingError::Kind(path.to_owned()));
     }
     // The end of a block device is its size too; its metadata says 0.
     let len = (&file)
@@ -129,7 +129,7 @@ fn open_file(config: &SoftNvmeConfig, path: &PathBuf) -> Result<FileBacking, Bac
         .map_err(fail("find the size of"))?;
     match config.size {
         Some(wanted) if wanted != len => {
-            let path = path.clone();
+            let path = path.to_owned();
             return Err(BackingError::SizeDiffers {
                 path,
                 actual: len,
