@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use farbus_fabric::FabricError;
 use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
@@ -18,12 +18,13 @@ use farbus_fabric::wire::{Description, EngineKind, InterruptCounts, RefusalCode,
 use farbus_shadow_mem::nvme::device::{DeviceError, DeviceHalf, Limits};
 use farbus_shadow_mem::session::Session;
 use farbus_vfio::{Function, FunctionError};
-use log::{info, warn};
+use log::{Level, info, log, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attachment::{Attachment, Ended};
 use crate::exports::{Claim, ClaimError, Exports};
+use crate::refusals::Refusals;
 
 /// How long a peer may take from connecting to the end of set-up.
 const SETUP_DEADLINE: Duration = Duration::from_secs(10);
@@ -39,6 +40,7 @@ const NOTICES: u64 = 2;
 pub struct Manager {
     listener: TcpListener,
     exports: Exports,
+    refusals: Arc<Refusals>,
     stop: Arc<EventFd>,
 }
 
@@ -64,6 +66,7 @@ impl Manager {
         Ok(Self {
             listener,
             exports,
+            refusals: Arc::default(),
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
     }
@@ -122,17 +125,24 @@ impl Manager {
         };
         if count.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
             count.fetch_sub(1, Ordering::Relaxed);
-            warn!("closed the connection of {peer}: there are {MAX_CONNECTIONS} already");
+            let reason = format!("there are {MAX_CONNECTIONS} already");
+            if let Some(left_out) = self.refusals.note(Instant::now(), peer.ip(), None, &reason) {
+                warn!("closed the connection of {peer}: {reason}{left_out}");
+            }
             return;
         }
         let served = Served(count.clone());
         let (exports, stop) = (self.exports.clone(), self.stop.clone());
+        let refusals = self.refusals.clone();
         let claimed = Arc::new(AtomicBool::new(false));
         let claims = claimed.clone();
         let serve = move || {
             let _served = served;
-            if let Err(error) = serve(stream, peer, &exports, &stop, &claims) {
-                warn!("{peer}: {:#}", anyhow::Error::new(error));
+            if let Err(error) = serve(stream, peer, &exports, &refusals, &stop, &claims) {
+                let error = format!("{:#}", anyhow::Error::new(error));
+                if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), None, &error) {
+                    warn!("{peer}: {error}{left_out}");
+                }
             }
         };
         match thread::Builder::new()
@@ -150,6 +160,7 @@ fn serve(
     stream: TcpStream,
     peer: SocketAddr,
     exports: &Exports,
+    refusals: &Refusals,
     stop: &EventFd,
     claimed: &AtomicBool,
 ) -> Result<(), FabricError> {
@@ -157,28 +168,45 @@ fn serve(
     let incoming = Incoming::handshake(stream, label, SETUP_DEADLINE)?;
     let Request::Claim(request) = incoming.next_request()?;
     let claimant = format!("{} at {peer}", request.peer());
+    let name = request.export().as_str().to_owned();
+    let refused = |level, reason: &str| {
+        if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), Some(&name), reason) {
+            log!(level, "refused {claimant}: {reason}{left_out}");
+        }
+    };
     let Some(export) = exports.find(request.export()) else {
         let text = format!(
             "there is no export {}; there is {}",
             request.export().as_str(),
             exports.names().join(", ")
         );
-        info!("refused {claimant}: {text}");
+        refused(Level::Info, &text);
         return request.refuse(RefusalCode::UnknownExport, &text);
     };
     let (claim, function) = match export.claim(&claimant) {
         Ok(claimed) => claimed,
         Err(error) => {
-            info!("refused {claimant}: {error}");
+            let text = error.to_string();
+            refused(Level::Info, &text);
             let code = match error {
                 ClaimError::Busy { .. } => RefusalCode::Busy,
                 ClaimError::Failed { .. } => RefusalCode::NotReady,
             };
-            return request.refuse(code, &error.to_string());
+            return request.refuse(code, &text);
         }
     };
     claimed.store(true, Ordering::Release);
-    attach(request, &claim, function, &claimant, stop)
+    let peer = Claimant {
+        name: &claimant,
+        refused: &refused,
+    };
+    attach(request, &claim, function, &peer, stop)
+}
+
+/// Who claims, and where it is told of that it may not.
+struct Claimant<'a> {
+    name: &'a str,
+    refused: &'a dyn Fn(Level, &str),
 }
 
 /// Joins a claimant and the function. Whatever way this ends, the function is reset and the
@@ -187,7 +215,7 @@ fn attach(
     request: ClaimRequest,
     claim: &Claim,
     function: Arc<dyn Function>,
-    claimant: &str,
+    claimant: &Claimant<'_>,
     stop: &EventFd,
 ) -> Result<(), FabricError> {
     let name = claim.export().name().clone();
@@ -205,7 +233,7 @@ fn attach(
             let gone = matches!(&error, DeviceError::Function(FunctionError::Gone(_)));
             let why = format!("{:#}", anyhow::Error::new(error));
             let text = format!("export {name} cannot be used: {why}");
-            warn!("refused {claimant}: {text}");
+            (claimant.refused)(Level::Warn, &text);
             if gone {
                 claim.fail(&why);
             }
@@ -215,6 +243,7 @@ fn attach(
     let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
     let mut session = Session::new(granted.describe(description)?);
     session.register(half.shadow(), 0)?;
+    let claimant = claimant.name;
     info!("{name}: claimed by {claimant} ({})", claim.epoch());
     let mut attachment = Attachment::new(half, session);
     let ended = attachment.run(stop);
