@@ -28,6 +28,10 @@ use crate::refusals::Refusals;
 
 /// How long a peer may take from connecting to the end of set-up.
 const SETUP_DEADLINE: Duration = Duration::from_secs(10);
+/// How long attachments may take to end when the process does, and functions to be closed: time
+/// for the slowest resets.
+const ENDING: Duration = Duration::from_secs(8);
+const ENDING_STEP: Duration = Duration::from_millis(5);
 /// Connections at a time, claimed or not. More are closed at once.
 const MAX_CONNECTIONS: usize = 256;
 
@@ -71,7 +75,8 @@ impl Manager {
         })
     }
 
-    /// Accepts until `signals` is readable; then ends all attachments and waits for them.
+    /// Accepts until `signals` is readable; then ends all attachments, waits for them (not for
+    /// ever: the kernel may hold one up), and lets go of the functions.
     pub fn run(self, signals: &OwnedFd) -> io::Result<()> {
         let epoll = Arc::new(Epoll::new()?);
         for (id, fd) in [
@@ -102,13 +107,12 @@ impl Manager {
         }
         self.stop.write(1)?;
         // Who is still being asked what it wants has nothing that must be brought to an end.
-        for serving in threads
+        let claimed = threads
             .into_iter()
-            .filter(|s| s.claimed.load(Ordering::Acquire))
-        {
-            // A thread that panicked has printed why.
-            let _ = serving.thread.join();
-        }
+            .filter(|serving| serving.claimed.load(Ordering::Acquire));
+        let attachments: Vec<_> = claimed.map(|serving| serving.thread).collect();
+        wait_for(&attachments);
+        wait_for(&self.exports.end());
         Ok(())
     }
 
@@ -152,6 +156,14 @@ impl Manager {
             Ok(thread) => threads.push(Serving { thread, claimed }),
             Err(error) => warn!("closed the connection of {peer}: no thread for it: {error}"),
         }
+    }
+}
+
+/// Waits until threads have ended, but no longer than [`ENDING`].
+fn wait_for(threads: &[JoinHandle<()>]) {
+    let begin = Instant::now();
+    while !threads.iter().all(JoinHandle::is_finished) && begin.elapsed() < ENDING {
+        thread::sleep(ENDING_STEP);
     }
 }
 

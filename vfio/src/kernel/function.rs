@@ -4,7 +4,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
@@ -64,6 +64,8 @@ pub struct VfioFunction {
     device: Device,
     group: Group,
     dma: Dma,
+    /// Gone when all of the above is closed.
+    open: Arc<()>,
 }
 
 impl VfioFunction {
@@ -147,12 +149,18 @@ impl VfioFunction {
             device,
             group,
             dma,
+            open: Arc::default(),
         })
     }
 
     /// The function's address.
     pub fn address(&self) -> PciAddress {
         self.address
+    }
+
+    /// Can be upgraded until the function is closed: dropping it only begins that, and may take long.
+    pub fn open_mark(&self) -> Weak<()> {
+        Arc::downgrade(&self.open)
     }
 
     /// Is signalled when the kernel wants the function back, because it is to be unplugged or its
@@ -271,6 +279,10 @@ fn open_regions(
 impl Function for VfioFunction {
     fn info(&self) -> &FunctionInfo {
         &self.info
+    }
+
+    fn pci_address(&self) -> Option<PciAddress> {
+        Some(self.address)
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {

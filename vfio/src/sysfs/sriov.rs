@@ -129,6 +129,9 @@ impl Bindings {
         let inventory = Inventory::read(&self.host);
         let sriov = inventory.find(physical).and_then(|f| f.sriov.as_ref());
         let functions = sriov.map_or(&[][..], |sriov| &sriov.functions);
+        for address in functions {
+            self.refuse_closing(*address)?;
+        }
         let mut users: Vec<User> = Vec::new();
         for function in functions
             .iter()

@@ -25,7 +25,7 @@ use farbus_fabric::{FabricError, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
-    RegionIndex,
+    PciAddress, RegionIndex,
 };
 use log::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -88,6 +88,17 @@ pub enum DeviceError {
     NoIova {
         /// How many bytes were to be mapped.
         len: u64,
+    },
+    /// Nothing of the function answers.
+    #[error(
+        "the function does not answer: its {what}; it has lost its power or its link without the \
+         kernel's knowledge, or its firmware hangs{}", remedy(*.address)
+    )]
+    NoAnswer {
+        /// What shows it, as a clause.
+        what: &'static str,
+        /// Where it sits, if it is a PCI function of this host.
+        address: Option<PciAddress>,
     },
     /// The controller did not do what the specification says.
     #[error("the controller {0}")]
@@ -448,6 +459,18 @@ impl Drop for DeviceHalf {
     }
 }
 
+/// How a function of this host that does not answer is brought back: the kernel has to set up
+/// its registers anew, and does that only for a function that it has just found.
+fn remedy(address: Option<PciAddress>) -> String {
+    let Some(address) = address else {
+        return String::new();
+    };
+    format!(
+        "; once it has power, `echo 1 >/sys/bus/pci/devices/{address}/remove` and then \
+         `echo 1 >/sys/bus/pci/rescan` bring it back (docs/runbooks/device-failed.md)"
+    )
+}
+
 /// Looks before anything is written whether this is an NVMe controller (PCI 3.0 §6.2.1: class
 /// code at offset 9).
 fn check_class(function: &dyn Function) -> Result<(), DeviceError> {
@@ -455,6 +478,11 @@ fn check_class(function: &dyn Function) -> Result<(), DeviceError> {
     function.config_read(0x08, &mut code)?;
     match u32::from_le_bytes(code) >> 8 {
         PCI_CLASS => Ok(()),
+        // The ids may be the kernel's, who answers for them; revision and class are not.
+        0xff_ffff => Err(DeviceError::NoAnswer {
+            what: "configuration space reads as all ones",
+            address: function.pci_address(),
+        }),
         class => Err(DeviceError::NoEngine { class }),
     }
 }

@@ -24,6 +24,18 @@ impl DeviceHalf {
     /// Enables the controller, asks, and disables it again.
     pub(super) fn probe(&mut self) -> Result<(), DeviceError> {
         let cap = self.controller.cap;
+        // No controller has a CAP of this kind (NVMe 1.4 §3.1.1: MQES is never 0).
+        let silent = match cap {
+            0 => Some("registers read as all zeroes (CAP 0x0)"),
+            u64::MAX => Some("registers read as all ones"),
+            _ => None,
+        };
+        if let Some(what) = silent {
+            return Err(DeviceError::NoAnswer {
+                what,
+                address: self.function.pci_address(),
+            });
+        }
         if cap & cap::MPSMIN_MASK != 0 || cap & cap::CSS_NVM == 0 {
             return Err(DeviceError::Controller(format!(
                 "has no pages of 4 KiB or no NVM command set (CAP {cap:#x})"
