@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use farbus_fabric::wire::{Epoch, ExportName};
+use farbus_shadow_mem::nvme::device::Settings;
 use farbus_vfio::{Function, Notice};
 use log::{info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -31,6 +32,8 @@ struct Inner {
     holder: Option<String>,
     /// The function, or why there is none.
     function: Result<Arc<dyn Function>, String>,
+    /// How its function was set before the first tenant.
+    settings: Option<Settings>,
     /// How many functions are being closed.
     closing: u32,
     /// Nothing is opened any more.
@@ -107,6 +110,7 @@ impl Export {
                 last_epoch: Epoch(0),
                 holder: None,
                 function: Ok(function),
+                settings: None,
                 closing: 0,
                 ended: false,
             }),
@@ -198,7 +202,11 @@ impl Export {
         match reopen() {
             Ok(function) => {
                 info!("{}: {} is back", self.name.as_str(), function.info().label);
-                self.lock().function = Ok(function.clone());
+                let mut inner = self.lock();
+                inner.function = Ok(function.clone());
+                // It may be another device, and has had no power meanwhile.
+                inner.settings = None;
+                drop(inner);
                 self.watch(&function);
                 Ok(function)
             }
@@ -302,6 +310,16 @@ impl Claim {
     /// The claim's epoch.
     pub fn epoch(&self) -> Epoch {
         self.epoch
+    }
+
+    /// How the function was set before its first tenant, if that is known.
+    pub fn settings(&self) -> Option<Settings> {
+        self.export.lock().settings.clone()
+    }
+
+    /// Remembers how the function was set before its first tenant.
+    pub fn remember(&self, settings: &Settings) {
+        self.export.lock().settings = Some(settings.clone());
     }
 
     /// What is claimed.

@@ -233,10 +233,13 @@ fn attach(
     let name = claim.export().name().clone();
     let name = name.as_str();
     let limits = Limits::default();
-    let opened = DeviceHalf::open(function.clone(), limits).and_then(|half| {
-        let description = describe(function.as_ref(), &half)?;
-        Ok((half, description))
-    });
+    let settings = claim.settings();
+    let opened =
+        DeviceHalf::open_as(function.clone(), limits, settings.as_ref()).and_then(|half| {
+            claim.remember(half.settings());
+            let description = describe(function.as_ref(), &half)?;
+            Ok((half, description))
+        });
     // From here on it is the half's, and the export's.
     drop(function);
     let (half, description) = match opened {

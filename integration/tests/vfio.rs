@@ -82,6 +82,18 @@ fn nvme_controller_is_driven_through_vfio_on_6_12() -> TestResult {
     drives_a_controller(Kernel::V6_12)
 }
 
+/// What one tenant leaves in the controller and in memory is gone for the next; and what an I/O costs.
+#[test]
+fn next_tenant_finds_a_reset_controller_and_unused_memory() -> TestResult {
+    let scratch = Scratch::new("disk")?;
+    let disk = scratch.disk("disk.img", DISK)?;
+    let (machine, guest) = with_nvme(Kernel::V6_12, &disk)?;
+    guest.check("ip link set lo up")?;
+    check(&guest, &format!("lend {NVME}"))?;
+    machine.quit()?;
+    Ok(())
+}
+
 /// A virtual function, whose physical one stays with the host's own driver.
 #[test]
 fn virtual_functions_are_driven_through_vfio() -> TestResult {

@@ -10,6 +10,7 @@ mod complete;
 mod controller;
 mod host_memory;
 mod probe;
+mod settings;
 mod submit;
 mod tags;
 
@@ -32,6 +33,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::arena::Arena;
 use self::controller::Controller;
+pub use self::settings::Settings;
 use self::tags::Tags;
 use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
 use super::ring::CompletionCursor;
@@ -120,6 +122,7 @@ struct SubmissionQueue {
 pub struct DeviceHalf {
     function: Arc<dyn Function>,
     description: NvmeDescription,
+    settings: Settings,
     arena: Arena,
     shadow: DmaWindow,
     host_memory: Option<DmaWindow>,
@@ -144,6 +147,16 @@ impl DeviceHalf {
     /// Takes hold of a function: resets it, gives it the claim's fresh memory, and asks it
     /// what it is.
     pub fn open(function: Arc<dyn Function>, limits: Limits) -> Result<Self, DeviceError> {
+        Self::open_as(function, limits, None)
+    }
+
+    /// As [`Self::open`], of a function that had [`Self::settings`] before its first tenant:
+    /// it has them again.
+    pub fn open_as(
+        function: Arc<dyn Function>,
+        limits: Limits,
+        settings: Option<&Settings>,
+    ) -> Result<Self, DeviceError> {
         check_class(function.as_ref())?;
         let info = function.info();
         if info.resettable {
@@ -180,6 +193,7 @@ impl DeviceHalf {
                 queue_pairs: 1,
                 namespaces: super::description::Namespaces::default(),
             },
+            settings: Settings::default(),
             arena,
             shadow,
             host_memory: None,
@@ -199,8 +213,13 @@ impl DeviceHalf {
         half.function.map_dma(&half.shadow)?;
         half.function.map_dma(&half.arena.window())?;
         half.function.set_interrupts(kind, 0, &events)?;
-        half.probe()?;
+        half.probe(settings)?;
         Ok(half)
+    }
+
+    /// What was set in the controller before its first tenant.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The controller as the guest will see it.
