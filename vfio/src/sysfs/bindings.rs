@@ -378,7 +378,7 @@ impl Drop for Bindings {
 }
 
 /// An error and its causes, as one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(source) = cause {

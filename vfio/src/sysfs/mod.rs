@@ -22,6 +22,7 @@ mod process;
 mod record;
 pub mod sriov;
 pub mod users;
+mod virtualization;
 
 pub use bindings::Bindings;
 pub use class::ClassCode;

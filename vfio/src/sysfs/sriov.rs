@@ -1,13 +1,17 @@
 //! Making and removing SR-IOV virtual functions.
 
+use std::error::Error;
 use std::io;
 
-use log::info;
+use log::{info, warn};
 
+use super::bindings::chain;
+use super::host::{link_name, names};
 use super::inventory::Inventory;
 use super::record::Created;
-use super::{Bindings, Obstacle, SysfsError, User};
+use super::{Bindings, Obstacle, SysfsError, User, virtualization};
 use crate::PciAddress;
+use crate::nvme_port::AdminPort;
 
 impl Bindings {
     /// Has the physical function make `count` virtual ones, which no driver of this host
@@ -62,6 +66,7 @@ impl Bindings {
             physical,
             count,
             owner: self.me.clone(),
+            secondaries: Vec::new(),
         };
         self.record.change(|record| {
             record.sriov.retain(|made| made.physical != physical);
@@ -73,6 +78,8 @@ impl Bindings {
             let sriov = inventory.find(physical).and_then(|f| f.sriov.clone());
             let functions = sriov.map_or(Vec::new(), |sriov| sriov.functions);
             if functions.len() == usize::from(count) {
+                self.equip(physical, count)
+                    .map_err(|error| refused(chain(error.as_ref())))?;
                 return Ok(functions);
             }
             Err(refused(format!(
@@ -99,6 +106,34 @@ impl Bindings {
                 })
             }
         }
+    }
+
+    /// Gives virtual functions of an NVMe controller what they need to work. What is to be given
+    /// back is on record first.
+    fn equip(&self, physical: PciAddress, count: u16) -> Result<(), Box<dyn Error>> {
+        let Some(port) = self.admin_port(physical)? else {
+            return Ok(());
+        };
+        let ids = virtualization::needy(&port, count)?;
+        self.record.change(|record| {
+            let mine = |made: &&mut Created| made.physical == physical && made.owner == self.me;
+            if let Some(made) = record.sriov.iter_mut().find(mine) {
+                made.secondaries.clone_from(&ids);
+            }
+            Ok(())
+        })?;
+        Ok(virtualization::provide(&port, &ids)?)
+    }
+
+    /// The character device of a function that the NVMe driver has.
+    fn admin_port(&self, physical: PciAddress) -> io::Result<Option<AdminPort>> {
+        let directory = self.host.function(physical);
+        if link_name(&directory.join("driver")).as_deref() != Some("nvme") {
+            return Ok(None);
+        }
+        let names = names(&directory.join("nvme"));
+        let node = names.first().map(|name| self.host.path("dev").join(name));
+        node.map(|node| AdminPort::open(&node)).transpose()
     }
 
     fn make(&self, physical: PciAddress, count: u16) -> Result<(), SysfsError> {
@@ -144,6 +179,16 @@ impl Bindings {
                 address: physical,
                 obstacle: Obstacle::InUse(users),
             });
+        }
+        for made in record.sriov.iter().filter(|made| mine(made)) {
+            if made.secondaries.is_empty() {
+                continue;
+            }
+            match self.admin_port(physical) {
+                Ok(Some(port)) => virtualization::take_back(&port, &made.secondaries),
+                Ok(None) => {}
+                Err(error) => warn!("{physical}: queues are not given back: {error}"),
+            }
         }
         if !functions.is_empty() {
             let number = self.host.function(physical).join("sriov_numvfs");
