@@ -67,6 +67,10 @@ fn drives_a_controller(kernel: Kernel) -> TestResult {
     assert!(described.contains("BAR0: 16384 bytes"), "{described}");
     assert!(described.contains("reset: done"), "{described}");
     assert!(described.contains("to 0xfedfffff"), "{described}");
+    assert!(
+        described.contains("opened by: its group's node"),
+        "{described}"
+    );
     check(&guest, &format!("nvme {NVME}"))?;
     machine.quit()?;
     Ok(())

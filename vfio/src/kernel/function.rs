@@ -62,7 +62,7 @@ pub struct VfioFunction {
     error: EventFd,
     reset: Reset,
     device: Device,
-    group: Group,
+    group: Option<Group>,
     dma: Dma,
     /// Gone when all of the above is closed.
     open: Arc<()>,
@@ -85,7 +85,7 @@ impl VfioFunction {
         let Opened {
             device,
             group,
-            container,
+            space,
         } = open(&Host::new(), address)?;
         let device_info = device
             .info()
@@ -93,7 +93,7 @@ impl VfioFunction {
         if !device_info.is_pci {
             return Err(VfioError::NotPci { address });
         }
-        let dma = Dma::new(container).map_err(failed("asking for the IOMMU's addresses"))?;
+        let dma = Dma::new(space).map_err(failed("asking for the IOMMU's addresses"))?;
         let config = device
             .region(VFIO_PCI_CONFIG_REGION_INDEX)
             .map_err(failed("asking for the configuration space"))?;
@@ -156,6 +156,11 @@ impl VfioFunction {
     /// The function's address.
     pub fn address(&self) -> PciAddress {
         self.address
+    }
+
+    /// Whether it was opened by its own node, with iommufd, and not by its group's.
+    pub fn has_iommufd(&self) -> bool {
+        self.group.is_none()
     }
 
     /// Can be upgraded until the function is closed: dropping it only begins that, and may take long.
@@ -391,7 +396,7 @@ impl Function for VfioFunction {
         self.change_command(command::MEMORY, command::BUS_MASTER)?;
         let outcome = match self.reset {
             Reset::Function => self.device.reset(),
-            Reset::Slot => self.device.hot_reset(&self.group),
+            Reset::Slot => self.device.hot_reset(self.group.as_ref()),
             Reset::None => {
                 return Err(FunctionError::Unsupported(format!(
                     "{} has no reset of its own, and no slot that can be reset without others",

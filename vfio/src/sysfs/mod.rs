@@ -32,6 +32,9 @@ pub use inventory::{Inventory, Member, PciFunction, Sriov};
 pub use obstacles::Obstacle;
 pub use users::User;
 
+/// Where iommufd is, below the root.
+pub const IOMMUFD: &str = "dev/iommu";
+
 /// The kernel's generic VFIO driver for PCI functions.
 pub const VFIO_DRIVER: &str = "vfio-pci";
 

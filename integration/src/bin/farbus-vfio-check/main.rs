@@ -88,6 +88,11 @@ fn describe(function: &VfioFunction) -> Outcome {
         "two reads of configuration space differ",
     )?;
     println!("label: {}", info.label);
+    let interface = match function.has_iommufd() {
+        true => "its own node, with iommufd",
+        false => "its group's node",
+    };
+    println!("opened by: {interface}");
     println!(
         "id: {:02x}{:02x}:{:02x}{:02x}",
         header[1], header[0], header[3], header[2]
