@@ -3,7 +3,7 @@
 //!
 //! Rules of this module, the only unsafe one here:
 //!
-//! 1. The request's structure is [`Command`], whose layout and size are those of `struct
+//! 1. The request's structure is `Command`, whose layout and size are those of `struct
 //!    nvme_passthru_cmd`; the request's number holds that size, so the kernel touches no more.
 //! 2. The structure names at most one buffer, [`PAGE_SIZE`] bytes that live for the call; the
 //!    kernel writes at most as many.
