@@ -147,7 +147,7 @@ fn virtual_function_and_physical_one_are_lent_at_once() -> TestResult {
     let (host, shell, said, files) = two_lent_drives(&host, options, ["vf-1", "disk1"])?;
 
     assert!(
-        said.contains("gave each of 2 virtual functions 4 queues and 4 interrupts"),
+        said.contains("virtual functions that got 4 queues and 4 interrupts each: 2"),
         "{said}"
     );
     // All that was given is the physical function's again, and the guest's files are on its disk.

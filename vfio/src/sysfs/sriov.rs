@@ -48,6 +48,12 @@ impl Bindings {
             )));
         }
         if sriov.functions.len() == usize::from(count) {
+            let record = self.record.read()?;
+            // A process whose functions these were may have died before they had what they need.
+            if record.sriov.iter().any(|made| self.is_mine(made, physical)) {
+                self.equip(physical, count)
+                    .map_err(|error| refused(chain(error.as_ref())))?;
+            }
             return Ok(sriov.functions.clone());
         }
         if !sriov.functions.is_empty() {
@@ -108,6 +114,10 @@ impl Bindings {
         }
     }
 
+    fn is_mine(&self, made: &Created, physical: PciAddress) -> bool {
+        made.physical == physical && made.owner == self.me
+    }
+
     /// Gives virtual functions of an NVMe controller what they need to work. What is to be given
     /// back is on record first.
     fn equip(&self, physical: PciAddress, count: u16) -> Result<(), Box<dyn Error>> {
@@ -116,9 +126,11 @@ impl Bindings {
         };
         let ids = virtualization::needy(&port, count)?;
         self.record.change(|record| {
-            let mine = |made: &&mut Created| made.physical == physical && made.owner == self.me;
-            if let Some(made) = record.sriov.iter_mut().find(mine) {
-                made.secondaries.clone_from(&ids);
+            let mut all = record.sriov.iter_mut();
+            if let Some(made) = all.find(|made| self.is_mine(made, physical)) {
+                made.secondaries.extend(&ids);
+                made.secondaries.sort_unstable();
+                made.secondaries.dedup();
             }
             Ok(())
         })?;
@@ -157,7 +169,7 @@ impl Bindings {
     /// someone uses one of them.
     pub fn remove_virtual_functions(&self, physical: PciAddress) -> Result<(), SysfsError> {
         let record = self.record.read()?;
-        let mine = |made: &Created| made.physical == physical && made.owner == self.me;
+        let mine = |made: &Created| self.is_mine(made, physical);
         if !record.sriov.iter().any(mine) {
             return Ok(());
         }

@@ -132,9 +132,9 @@ pub(super) fn provide(port: &dyn AdminCommands, ids: &[u16]) -> Result<(), Virtu
         .iter()
         .map(|(r, share)| format!("{share} {}", r.name));
     info!(
-        "gave each of {} virtual functions {}",
-        ids.len(),
-        shares.collect::<Vec<_>>().join(" and ")
+        "virtual functions that got {} each: {}",
+        shares.collect::<Vec<_>>().join(" and "),
+        ids.len()
     );
     Ok(())
 }
