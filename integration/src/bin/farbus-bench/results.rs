@@ -1,0 +1,238 @@
+//! Figures, and what repeats of a measurement come to.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::awake::Awake;
+
+/// Names of figures. Where a figure is one process', the name goes on with `.` and the process.
+pub(crate) mod figure {
+    /// Latency in microseconds: median, and so on. Of limits: the round trip.
+    pub(crate) const P50: &str = "p50_us";
+    pub(crate) const P99: &str = "p99_us";
+    pub(crate) const P999: &str = "p999_us";
+    pub(crate) const MEAN: &str = "mean_us";
+    pub(crate) const IOPS: &str = "iops";
+    /// 10^6 bytes of payload per second.
+    pub(crate) const MB_PER_S: &str = "mb_per_s";
+    pub(crate) const CPU: &str = "cpu_us_per_io";
+    pub(crate) const SWITCHES: &str = "switches_per_io";
+    pub(crate) const SYSCALLS: &str = "syscalls_per_io";
+    pub(crate) const MESSAGES_SENT: &str = "messages_sent_per_io";
+    pub(crate) const MESSAGES_RECEIVED: &str = "messages_received_per_io";
+    pub(crate) const BYTES_SENT: &str = "bytes_sent_per_io";
+    pub(crate) const BYTES_RECEIVED: &str = "bytes_received_per_io";
+    /// Private resident memory in MiB, per attachment.
+    pub(crate) const RESIDENT: &str = "resident_mib_per_attachment";
+}
+
+/// What one measurement found, by name.
+pub(crate) type Figures = BTreeMap<String, f64>;
+
+/// The repeats of one figure.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct Spread {
+    samples: Vec<f64>,
+}
+
+impl Spread {
+    /// The middle one; of an even number, between the two in the middle.
+    pub(crate) fn median(&self) -> f64 {
+        let mut sorted = self.samples.clone();
+        sorted.sort_by(f64::total_cmp);
+        let (low, high) = ((sorted.len().saturating_sub(1)) / 2, sorted.len() / 2);
+        match (sorted.get(low), sorted.get(high)) {
+            (Some(low), Some(high)) => f64::midpoint(*low, *high),
+            _ => f64::NAN,
+        }
+    }
+
+    pub(crate) fn min(&self) -> f64 {
+        self.samples.iter().copied().fold(f64::NAN, f64::min)
+    }
+
+    pub(crate) fn max(&self) -> f64 {
+        self.samples.iter().copied().fold(f64::NAN, f64::max)
+    }
+
+    pub(crate) fn samples(&self) -> &[f64] {
+        &self.samples
+    }
+}
+
+/// One line of the table: a subject under a workload.
+#[derive(Debug, Clone)]
+pub(crate) struct Row {
+    pub(crate) part: &'static str,
+    pub(crate) subject: String,
+    pub(crate) awake: Awake,
+    pub(crate) workload: String,
+    figures: BTreeMap<String, Spread>,
+}
+
+impl Row {
+    /// The repeats of a figure.
+    pub(crate) fn spread(&self, name: &str) -> Option<&Spread> {
+        self.figures.get(name)
+    }
+
+    /// The median of a figure.
+    pub(crate) fn median(&self, name: &str) -> Option<f64> {
+        self.spread(name).map(Spread::median)
+    }
+
+    /// The sum of the medians of a figure over all processes.
+    pub(crate) fn total(&self, name: &str) -> Option<f64> {
+        let each: Vec<f64> = self.per_process(name).map(|(_, value)| value).collect();
+        (!each.is_empty()).then(|| each.iter().sum())
+    }
+
+    /// The medians of a figure, process by process.
+    pub(crate) fn per_process(&self, name: &str) -> impl Iterator<Item = (&str, f64)> {
+        self.figures.iter().filter_map(move |(key, spread)| {
+            let process = key.strip_prefix(name)?.strip_prefix('.')?;
+            Some((process, spread.median()))
+        })
+    }
+
+    pub(crate) fn figures(&self) -> impl Iterator<Item = (&String, &Spread)> {
+        self.figures.iter()
+    }
+}
+
+/// What could not be measured, and why.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Gap {
+    pub(crate) subject: String,
+    pub(crate) reason: String,
+    /// It should have worked.
+    pub(crate) failed: bool,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Default)]
+pub(crate) struct Results {
+    rows: Vec<Row>,
+    gaps: Vec<Gap>,
+}
+
+impl Results {
+    /// Adds one measurement to its row.
+    pub(crate) fn add(
+        &mut self,
+        part: &'static str,
+        subject: &str,
+        awake: Awake,
+        workload: &str,
+        figures: Figures,
+    ) {
+        let at = self
+            .rows
+            .iter()
+            .position(|row| row.is(subject, awake, workload));
+        let at = at.unwrap_or_else(|| {
+            self.rows.push(Row {
+                part,
+                subject: subject.to_owned(),
+                awake,
+                workload: workload.to_owned(),
+                figures: BTreeMap::new(),
+            });
+            self.rows.len() - 1
+        });
+        for (name, value) in figures {
+            let spread = self.rows[at].figures.entry(name).or_default();
+            spread.samples.push(value);
+        }
+    }
+
+    /// Notes what is missing; the same gap is noted once.
+    pub(crate) fn gap(&mut self, subject: &str, reason: String, failed: bool) -> bool {
+        let known = |gap: &Gap| gap.subject == subject && gap.reason == reason;
+        if self.gaps.iter().any(known) {
+            return false;
+        }
+        self.gaps.push(Gap {
+            subject: subject.to_owned(),
+            reason,
+            failed,
+        });
+        true
+    }
+
+    pub(crate) fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
+    pub(crate) fn gaps(&self) -> &[Gap] {
+        &self.gaps
+    }
+
+    pub(crate) fn row(&self, subject: &str, awake: Awake, workload: &str) -> Option<&Row> {
+        self.rows
+            .iter()
+            .find(|row| row.is(subject, awake, workload))
+    }
+
+    /// The median of one figure.
+    pub(crate) fn median(
+        &self,
+        subject: &str,
+        awake: Awake,
+        workload: &str,
+        name: &str,
+    ) -> Option<f64> {
+        self.row(subject, awake, workload)?.median(name)
+    }
+}
+
+impl Row {
+    fn is(&self, subject: &str, awake: Awake, workload: &str) -> bool {
+        self.subject == subject && self.awake == awake && self.workload == workload
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn results(values: &[f64]) -> Results {
+        let mut results = Results::default();
+        for value in values {
+            let figures = Figures::from([
+                (figure::P50.to_owned(), *value),
+                (format!("{}.server", figure::CPU), 1.0),
+                (format!("{}.agent", figure::CPU), 2.0),
+            ]);
+            results.add("farbus", "x", Awake::Halting, "w", figures);
+        }
+        results
+    }
+
+    #[test]
+    fn repeats_come_to_their_median_and_range() {
+        let results = results(&[3.0, 1.0, 10.0, 2.0]);
+        let row = results.row("x", Awake::Halting, "w").unwrap();
+        let spread = row.spread(figure::P50).unwrap();
+        assert_eq!(
+            (spread.min(), spread.median(), spread.max()),
+            (1.0, 2.5, 10.0)
+        );
+    }
+
+    #[test]
+    fn processes_add_up() {
+        let results = results(&[1.0]);
+        let row = &results.rows()[0];
+        assert_eq!(row.total(figure::CPU), Some(3.0));
+        assert_eq!(row.total(figure::SYSCALLS), None);
+    }
+
+    #[test]
+    fn same_gap_is_noted_once() {
+        let mut results = Results::default();
+        assert!(results.gap("spdk", "not there".into(), false));
+        assert!(!results.gap("spdk", "not there".into(), false));
+    }
+}
