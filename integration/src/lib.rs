@@ -22,6 +22,7 @@
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
 //! - [`vfio`] makes machines that lend their devices, and binds these.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
+//! - [`counts`] counts what programs do: system calls, instructions.
 //! - [`report`] says how a test failed, or why it could not run.
 //! - [`process`], [`scratch`], [`deadline`] are what the others stand on.
 
@@ -30,6 +31,7 @@
 pub mod attached;
 pub mod builder;
 pub mod cache;
+pub mod counts;
 pub mod daemon;
 pub mod deadline;
 pub mod demo;

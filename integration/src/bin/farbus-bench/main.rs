@@ -6,14 +6,13 @@
 //!
 //! - [`options`] is the command line, [`session`] runs the subjects in turns, [`results`] keeps figures.
 //! - [`limits`], [`peers`] and [`farbus`] hold the subjects; [`workload`] is what most of them are given.
-//! - [`awake`], [`usage`], [`counts`] and [`helpers`] are what subjects measure with.
+//! - [`awake`], [`usage`] and [`helpers`] are what subjects measure with.
 //! - [`budgets`] judges, [`model`] explains, [`table`], [`plots`] and [`document`] show.
 
 #![deny(unsafe_code)]
 
 mod awake;
 mod budgets;
-mod counts;
 mod document;
 mod farbus;
 mod helpers;
