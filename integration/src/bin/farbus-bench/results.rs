@@ -19,6 +19,9 @@ pub(crate) mod figure {
     pub(crate) const CPU: &str = "cpu_us_per_io";
     pub(crate) const SWITCHES: &str = "switches_per_io";
     pub(crate) const SYSCALLS: &str = "syscalls_per_io";
+    /// Doorbell registers that the load has written.
+    pub(crate) const DOORBELLS: &str = "doorbells_per_io";
+    /// Those of the load's own process, which has the compute half in it.
     pub(crate) const MESSAGES_SENT: &str = "messages_sent_per_io";
     pub(crate) const MESSAGES_RECEIVED: &str = "messages_received_per_io";
     pub(crate) const BYTES_SENT: &str = "bytes_sent_per_io";

@@ -126,22 +126,30 @@ pub(crate) fn run(
 
 /// The tool's figures under the names that they have here.
 fn figures(report: &Value, workload: &Workload) -> Figures {
-    const NAMES: [(&str, &str); 10] = [
+    const NAMES: [(&str, &str); 11] = [
         ("/latency_us/mean", figure::MEAN),
         ("/latency_us/p50", figure::P50),
         ("/latency_us/p99", figure::P99),
         ("/latency_us/p99.9", figure::P999),
         ("/iops", figure::IOPS),
         ("/cpu_us_per_io", "cpu_us_per_io.client"),
+        ("/doorbells_per_io", figure::DOORBELLS),
         ("/messages_sent_per_io", figure::MESSAGES_SENT),
         ("/messages_received_per_io", figure::MESSAGES_RECEIVED),
         ("/bytes_sent_per_io", figure::BYTES_SENT),
         ("/bytes_received_per_io", figure::BYTES_RECEIVED),
     ];
+    let number = |path: &str| report.pointer(&format!("/total{path}"))?.as_f64();
     let mut figures: Figures = NAMES
         .iter()
-        .filter_map(|(path, name)| Some(((*name).to_owned(), report.pointer(path)?.as_f64()?)))
+        .filter_map(|(path, name)| Some(((*name).to_owned(), number(path)?)))
         .collect();
+    let switches = ["voluntary", "involuntary"]
+        .map(|kind| number(&format!("/{kind}_context_switches_per_io")));
+    if let [Some(voluntary), Some(other)] = switches {
+        let name = format!("{}.client", figure::SWITCHES);
+        figures.insert(name, voluntary + other);
+    }
     if let Some(iops) = figures.get(figure::IOPS) {
         let rate = iops * f64::from(workload.block) / 1e6;
         figures.insert(figure::MB_PER_S.into(), rate);
@@ -157,7 +165,7 @@ mod tests {
 
     #[test]
     fn report_is_read_as_far_as_it_goes() {
-        let report = json!({"latency_us": {"p50": 9.5, "p99.9": 20}, "iops": 1000.0});
+        let report = json!({"total": {"latency_us": {"p50": 9.5, "p99.9": 20}, "iops": 1000.0}});
         let figures = figures(&report, &BIG_READ);
         assert_eq!(figures[figure::P50], 9.5);
         assert_eq!(figures[figure::P999], 20.0);
