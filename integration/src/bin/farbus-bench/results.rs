@@ -85,12 +85,6 @@ impl Row {
         self.spread(name).map(Spread::median)
     }
 
-    /// The sum of the medians of a figure over all processes.
-    pub(crate) fn total(&self, name: &str) -> Option<f64> {
-        let each: Vec<f64> = self.per_process(name).map(|(_, value)| value).collect();
-        (!each.is_empty()).then(|| each.iter().sum())
-    }
-
     /// The medians of a figure, process by process.
     pub(crate) fn per_process(&self, name: &str) -> impl Iterator<Item = (&str, f64)> {
         self.figures.iter().filter_map(move |(key, spread)| {
@@ -225,11 +219,10 @@ mod tests {
     }
 
     #[test]
-    fn processes_add_up() {
+    fn processes_are_told_apart() {
         let results = results(&[1.0]);
-        let row = &results.rows()[0];
-        assert_eq!(row.total(figure::CPU), Some(3.0));
-        assert_eq!(row.total(figure::SYSCALLS), None);
+        let each: Vec<_> = results.rows()[0].per_process(figure::CPU).collect();
+        assert_eq!(each, [("agent", 2.0), ("server", 1.0)]);
     }
 
     #[test]

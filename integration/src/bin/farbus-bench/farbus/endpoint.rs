@@ -11,7 +11,7 @@ use super::{ENDPOINT, ENDPOINT_ADAPTIVE, ENDPOINT_NULL};
 use crate::results::{Figures, figure};
 use crate::session::{Plan, Skip, Subject, Take};
 use crate::usage;
-use crate::workload::{self, BIG_READ, READ_1, READ_32, Workload};
+use crate::workload::{self, BIG_READ, BIG_WRITE, READ_1, READ_32, Workload};
 
 /// Size of each drive.
 const SIZE: u64 = 256 << 20;
@@ -71,6 +71,8 @@ impl Subject for Endpoint {
             // The same data in all, however many there are.
             let size = SIZE / u64::from(attachments);
             let mut attached = Attached::start(self.backing, size, attachments, self.poll)?;
+            let fill = (&take.plan.fill()).into();
+            load::run(&target(&attached), &BIG_WRITE, false, fill)?;
             for workload in some {
                 let counts = take.repeat == 0 && [READ_1, READ_32].contains(workload);
                 take.one(&workload.to_string(), |plan| {

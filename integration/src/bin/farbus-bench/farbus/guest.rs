@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use farbus_integration::builder::MachineBuilder;
-use farbus_integration::deadline::Deadline;
 use farbus_integration::guest::Guest;
 use farbus_integration::machine::Machine;
 use farbus_integration::measure::{self, Measured, measure};
@@ -45,6 +44,10 @@ impl Subject for Guests {
 
     fn name(&self) -> String {
         GUEST.into()
+    }
+
+    fn is_slow(&self) -> bool {
+        true
     }
 
     fn measure(&self, take: &mut Take<'_>) -> Result<()> {

@@ -6,7 +6,7 @@ use super::load::{self, Target};
 use super::path::{Backing, Poll, Server};
 use super::{IN_PROCESS, IN_PROCESS_POLLED};
 use crate::session::{Subject, Take};
-use crate::workload;
+use crate::workload::{self, BIG_WRITE};
 
 const SIZE: u64 = 256 << 20;
 
@@ -41,6 +41,7 @@ impl Subject for InProcess {
         let (address, name) = server.first();
         let target = Target::Export { address, name };
         let watched = [server.watched()];
+        load::run(&target, &BIG_WRITE, false, (&take.plan.fill()).into())?;
         for workload in workload::common(take.plan.quick) {
             take.one(&workload.to_string(), |plan| {
                 load::measure(&target, &workload, self.polled, &watched, plan)

@@ -124,10 +124,16 @@ impl Attached {
         let mut sockets = Vec::new();
         for name in &server.exports {
             let socket = scratch.join(format!("{name}.sock"));
-            let mut arguments: Vec<String> =
-                ["attach", "--from", &server.address, "--export", name, "--vfio-user"]
-                    .map(str::to_owned)
-                    .into();
+            let mut arguments: Vec<String> = [
+                "attach",
+                "--from",
+                &server.address,
+                "--export",
+                name,
+                "--vfio-user",
+            ]
+            .map(str::to_owned)
+            .into();
             arguments.push(socket.display().to_string());
             arguments.extend(poll.arguments(AGENT, "attach", &POLL));
             agents.push(start(AGENT, &arguments)?);

@@ -16,7 +16,7 @@ use self::servers::Chain;
 use crate::results::Figures;
 use crate::session::{Plan, Subject, Take};
 use crate::usage::Meter;
-use crate::workload::{self, Workload};
+use crate::workload::{self, BIG_WRITE, Workload};
 
 /// Subjects' names, which budgets refer to.
 pub(crate) const NBD: &str = "NBD";
@@ -65,6 +65,9 @@ impl Subject for VhostUserDisk {
         let scratch = Scratch::new("peer")?;
         let mut chain = (self.start)(&self.peers, &scratch)
             .with_context(|| format!("starting {}", self.name))?;
+        let written = client::run(&chain.socket, &BIG_WRITE, &take.plan.fill());
+        chain.check(&scratch)?;
+        written.context("filling the disk")?;
         for workload in workload::common(take.plan.quick) {
             take.one(&workload.to_string(), |plan| {
                 chain.check(&scratch)?;

@@ -18,7 +18,7 @@ use crate::interrupt;
 use crate::usage::Watched;
 
 /// Size of the disk.
-const DISK_BYTES: u64 = 1 << 30;
+const DISK_BYTES: u64 = 256 << 20;
 
 /// How long a program may take to be ready.
 const READY_SECS: u64 = 20;
@@ -232,6 +232,6 @@ pub(crate) fn wait(
 }
 
 /// A port that nobody uses just now.
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
