@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::awake::Awake;
 use crate::farbus::{ENDPOINT, ENDPOINT_ADAPTIVE, GUEST, GUEST_LOCAL, IN_PROCESS_POLLED};
-use crate::limits::{self, RECEIVED, SENT, TCP, round_trip};
+use crate::limits::{self, How, RECEIVED, SENT, TCP, round_trip};
 use crate::peers::{NBD, SPDK_TCP};
 use crate::results::{Results, Row, figure};
 use crate::table::number;
@@ -73,7 +73,7 @@ const BUDGETS: &[Budget] = &[
         name: "4k read x1, in process, polled",
         ratio: "(p50 - 1 us) / polled TCP round trip of a 4 KiB read",
         value: |results, state| {
-            let limit = round_trip(limits::READ, true);
+            let limit = round_trip(limits::READ, How::Polled);
             let limit = results.median(TCP, state, &limit, figure::P50)?;
             Some((p50(results, IN_PROCESS_POLLED, state)? - 1.0) / limit)
         },
@@ -164,7 +164,7 @@ const BUDGETS: &[Budget] = &[
         name: "guest's fio, 4k read x1",
         ratio: "(p50 - blocking TCP round trip) / p50 without a fabric",
         value: |results, state| {
-            let raw = round_trip(limits::SMALL, false);
+            let raw = round_trip(limits::SMALL, How::Blocking);
             let raw = results.median(TCP, state, &raw, figure::P50)?;
             Some((p50(results, GUEST, state)? - raw) / p50(results, GUEST_LOCAL, state)?)
         },

@@ -28,7 +28,7 @@ use crate::model::Fit;
 use crate::peers::{ISCSI, NBD, NBD_NULL, SPDK_TCP};
 use crate::results::{Results, Row};
 use crate::session::Plan;
-use crate::table::{to_limit, to_peer};
+use crate::table::{is_in_guest, to_limit, to_peer};
 
 /// Rises when a reader of older documents would misread a new one.
 const SCHEMA: u32 = 1;
@@ -71,7 +71,7 @@ fn row(results: &Results, row: &Row) -> Value {
         })
         .collect();
     let mut ratios = Map::new();
-    if row.part != "limits" {
+    if row.part != "limits" && !is_in_guest(row) {
         ratios.extend(to_limit(results, row).map(|ratio| ("limit".to_owned(), json!(ratio))));
         for peer in [NBD, NBD_NULL, ISCSI, SPDK_TCP] {
             let ratio = to_peer(results, row, peer).filter(|_| row.subject != peer);

@@ -32,8 +32,8 @@ pub(crate) fn spin(args: &SpinArgs) -> Result<()> {
 
 /// Keeps the calling thread on one CPU for as long as it lives.
 ///
-/// Limits are those of two ends that do not share a CPU, as two hosts do not. Left alone, the scheduler puts
-/// both ends of a ping-pong on one CPU at some times and not at others.
+/// Limits are those of two ends that do not share a CPU, as two hosts do not, unless they say so. Left alone,
+/// the scheduler puts both ends of a ping-pong on one CPU at some times and not at others.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     before: CpuSet,
@@ -95,11 +95,14 @@ pub(crate) struct EchoArgs {
     /// Does not sleep while it waits.
     #[arg(long)]
     pub(crate) polled: bool,
+    /// The CPU to run on.
+    #[arg(long)]
+    pub(crate) cpu: usize,
 }
 
 /// Serves one connection. Prints where it listens.
 pub(crate) fn echo(args: &EchoArgs) -> Result<()> {
-    let _pinned = Pinned::to(Pinned::FAR)?;
+    let _pinned = Pinned::to(args.cpu)?;
     let mut stream = match (&args.tcp, &args.unix) {
         (Some(address), _) => {
             let listener = TcpListener::bind(address).context("listening")?;

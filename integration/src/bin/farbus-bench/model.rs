@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::awake::Awake;
 use crate::farbus::{ENDPOINT, IN_PROCESS, IN_PROCESS_POLLED};
-use crate::limits::{self, EVENTFD, MEMORY, TCP, UNIX, round_trip};
+use crate::limits::{self, EVENTFD, How, MEMORY, TCP, UNIX, round_trip};
 use crate::results::{Results, figure};
 use crate::workload::{READ_1, WRITE_1};
 
@@ -75,11 +75,15 @@ pub(crate) fn fit(results: &Results) -> Vec<Fit> {
 
 fn point(results: &Results, subject: &'static str, awake: Awake, workload: &str) -> Option<Point> {
     let p50 = |subject: &str, workload: &str| results.median(subject, awake, workload, figure::P50);
-    let polled = subject == IN_PROCESS_POLLED;
+    let how = if subject == IN_PROCESS_POLLED {
+        How::Polled
+    } else {
+        How::Blocking
+    };
     let hops_us = if subject == ENDPOINT {
         // Half a round trip each: a message in, an event out.
-        let message = p50(UNIX, &round_trip(limits::SMALL, false))? / 2.0;
-        message + p50(EVENTFD, &round_trip((8, 8), false))? / 2.0
+        let message = p50(UNIX, &round_trip(limits::SMALL, How::Blocking))? / 2.0;
+        message + p50(EVENTFD, &round_trip((8, 8), How::Blocking))? / 2.0
     } else {
         0.0
     };
@@ -88,7 +92,7 @@ fn point(results: &Results, subject: &'static str, awake: Awake, workload: &str)
         subject,
         awake,
         workload: workload.to_owned(),
-        rtt_us: p50(TCP, &round_trip(limits::READ, polled))?,
+        rtt_us: p50(TCP, &round_trip(limits::READ, how))?,
         hops_us,
         copies_us: 2.0 * f64::from(READ_1.block) / memory,
         measured_us: p50(subject, workload)?,

@@ -40,7 +40,7 @@ pub(crate) struct Options {
     /// How often everything is measured [default: 3; 2 with --quick].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) repeats: Option<u32>,
-    /// How long one measurement takes [default: 1.2; 0.4 with --quick].
+    /// How long one measurement takes [default: 1.2; 0.3 with --quick].
     #[arg(long, value_name = "S", value_parser = seconds)]
     pub(crate) seconds: Option<f64>,
     #[command(subcommand)]
@@ -84,7 +84,7 @@ impl Options {
     }
 
     pub(crate) fn seconds(&self) -> f64 {
-        self.seconds.unwrap_or(if self.quick { 0.4 } else { 1.2 })
+        self.seconds.unwrap_or(if self.quick { 0.3 } else { 1.2 })
     }
 }
 

@@ -7,9 +7,9 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
 use crate::awake::Awake;
-use crate::limits::{self, RECEIVED, SENT, TCP, round_trip};
+use crate::limits::{self, How, RECEIVED, SENT, TCP, round_trip};
 use crate::results::{Results, Spread, figure};
-use crate::table::caption;
+use crate::table::{caption, is_in_guest};
 use crate::workload::{BIG_READ, BIG_WRITE, READ_1, READ_32, WRITE_32};
 
 const WIDTH: u32 = 900;
@@ -36,10 +36,10 @@ fn plots() -> Vec<Plot> {
         unit,
         limits: Vec::new(),
     };
-    let raw = |polled| (TCP, round_trip(limits::READ, polled));
+    let raw = |how| (TCP, round_trip(limits::READ, how));
     vec![
         Plot {
-            limits: vec![raw(false), raw(true)],
+            limits: vec![raw(How::Blocking), raw(How::Polled)],
             ..plot(
                 "latency-4k-read.svg",
                 "4 KiB random read, depth 1: p50 in µs (less is better)",
@@ -114,7 +114,7 @@ fn bands<'a>(plot: &Plot, results: &'a Results) -> Vec<Band<'a>> {
         .collect();
     for row in results.rows() {
         let known = wanted.iter().any(|(_, subject, _)| *subject == row.subject);
-        if row.part != "limits" && row.workload == plot.workload && !known {
+        if row.part != "limits" && row.workload == plot.workload && !known && !is_in_guest(row) {
             let subject = row.subject.clone();
             wanted.push((subject.clone(), subject, plot.workload.clone()));
         }
@@ -223,7 +223,7 @@ mod tests {
         let scratch = Scratch::new("plots").unwrap();
         let mut results = Results::default();
         let read = READ_1.to_string();
-        let limit = round_trip(limits::READ, false);
+        let limit = round_trip(limits::READ, How::Blocking);
         for (part, subject, workload) in [("peers", NBD, &read), ("limits", TCP, &limit)] {
             let figures = Figures::from([(figure::P50.to_owned(), 40.0)]);
             results.add(part, subject, Awake::Halting, workload, figures);

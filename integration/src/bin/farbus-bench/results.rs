@@ -158,6 +158,30 @@ impl Results {
         true
     }
 
+    /// Puts the rows into the order in which they are read: in that of their measurement, but the states of the
+    /// CPUs side by side, and all of a subject's workloads together.
+    pub(crate) fn arrange(&mut self) {
+        let mut order: Vec<(String, String)> = Vec::new();
+        let mut subjects: Vec<String> = Vec::new();
+        for row in &self.rows {
+            let key = (row.subject.clone(), row.workload.clone());
+            if !order.contains(&key) {
+                order.push(key);
+            }
+            if !subjects.contains(&row.subject) {
+                subjects.push(row.subject.clone());
+            }
+        }
+        self.rows.sort_by_cached_key(|row| {
+            let key = (row.subject.clone(), row.workload.clone());
+            (
+                subjects.iter().position(|subject| *subject == row.subject),
+                order.iter().position(|known| *known == key),
+                row.awake.letter(),
+            )
+        });
+    }
+
     pub(crate) fn rows(&self) -> &[Row] {
         &self.rows
     }
@@ -223,6 +247,23 @@ mod tests {
         let results = results(&[1.0]);
         let each: Vec<_> = results.rows()[0].per_process(figure::CPU).collect();
         assert_eq!(each, [("agent", 2.0), ("server", 1.0)]);
+    }
+
+    #[test]
+    fn states_of_a_row_are_side_by_side() {
+        let mut results = Results::default();
+        for awake in Awake::BOTH {
+            for (subject, workload) in [("a", "1"), ("b", "1"), ("a", "2")] {
+                results.add("farbus", subject, awake, workload, Figures::new());
+            }
+        }
+        results.arrange();
+        let shown: Vec<String> = results
+            .rows()
+            .iter()
+            .map(|row| format!("{}{}{}", row.subject, row.workload, row.awake))
+            .collect();
+        assert_eq!(shown, ["a1H", "a1S", "a2H", "a2S", "b1H", "b1S"]);
     }
 
     #[test]

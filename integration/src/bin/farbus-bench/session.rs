@@ -164,6 +164,7 @@ pub(crate) fn measure(subjects: &[Box<dyn Subject>], plan: &Plan) -> Result<Resu
         }
     }
     progress.end();
+    results.arrange();
     Ok(results)
 }
 

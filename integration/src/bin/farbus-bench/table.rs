@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 
 use crate::awake::Awake;
 use crate::budgets::Verdict;
+use crate::farbus::{GUEST, GUEST_LOCAL, IN_PROCESS_POLLED};
 use crate::host::Host;
+use crate::limits::How;
 use crate::model::Fit;
 use crate::peers::{ISCSI, NBD, NBD_NULL, SPDK_TCP};
 use crate::results::{Results, Row, Spread, figure};
@@ -34,12 +36,12 @@ pub(crate) fn render(
     for part in ["limits", "peers", "farbus"] {
         let rows: Vec<&Row> = results.rows().iter().filter(|r| r.part == part).collect();
         if !rows.is_empty() {
-            let _ = writeln!(out, "\n# {part}\n{}", figures(&rows));
+            let _ = write!(out, "\n# {part}\n{}", figures(&rows));
         }
     }
     let costs: Vec<Vec<String>> = results.rows().iter().filter_map(cost).collect();
     if !costs.is_empty() {
-        let _ = writeln!(
+        let _ = write!(
             out,
             "\n# cost per I/O, process by process\n{}",
             align(&COST, &costs)
@@ -47,17 +49,17 @@ pub(crate) fn render(
     }
     let ratios = ratios(results);
     if !ratios.is_empty() {
-        let _ = writeln!(
+        let _ = write!(
             out,
             "\n# ratios: p50 at depth 1 (less is better), I/Os per second otherwise (more is better)\n{}",
             align(&RATIO, &ratios)
         );
     }
     if !fits.is_empty() {
-        let _ = writeln!(out, "\n# model: p50 at depth 1\n{}", model(fits));
+        let _ = write!(out, "\n# model: p50 at depth 1\n{}", model(fits));
     }
     if !verdicts.is_empty() {
-        let _ = writeln!(
+        let _ = write!(
             out,
             "\n# budgets\n{}",
             align(&budgets::COLUMNS, &judged(verdicts))
@@ -78,22 +80,6 @@ const FIGURES: [&str; 8] = [
 ];
 
 fn figures(rows: &[&Row]) -> String {
-    let mut rows = rows.to_vec();
-    // Both states of the CPUs below each other; otherwise in the order of measurement.
-    let mut order: Vec<(&str, &str)> = Vec::new();
-    for row in &rows {
-        let key = (row.subject.as_str(), row.workload.as_str());
-        if !order.contains(&key) {
-            order.push(key);
-        }
-    }
-    rows.sort_by_key(|row| {
-        let key = (row.subject.as_str(), row.workload.as_str());
-        (
-            order.iter().position(|known| *known == key),
-            row.awake.letter(),
-        )
-    });
     let lines: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {
@@ -160,7 +146,9 @@ const RATIO: [&str; 8] = [
 ];
 
 fn ratios(results: &Results) -> Vec<Vec<String>> {
-    let disks = results.rows().iter().filter(|row| row.part != "limits");
+    // What emulated CPUs do is compared with nothing but itself.
+    let compared = |row: &&Row| row.part != "limits" && !is_in_guest(row);
+    let disks = results.rows().iter().filter(compared);
     disks
         .filter_map(|row| {
             let mut line = vec![
@@ -181,12 +169,21 @@ fn ratios(results: &Results) -> Vec<Vec<String>> {
         .collect()
 }
 
+/// Whether a row is what an emulated guest saw.
+pub(crate) fn is_in_guest(row: &Row) -> bool {
+    [GUEST, GUEST_LOCAL].contains(&row.subject.as_str())
+}
+
 /// At depth 1, the p50 in blocking raw round trips (polled ones for what polls); for large blocks, the
 /// share of one connection's raw throughput.
 pub(crate) fn to_limit(results: &Results, row: &Row) -> Option<f64> {
     if is_judged_by_latency(&row.workload) {
-        let polls = row.subject.contains("poll");
-        let limit = limits::round_trip(limits::READ, polls);
+        let how = if row.subject == IN_PROCESS_POLLED || row.subject == SPDK_TCP {
+            How::Polled
+        } else {
+            How::Blocking
+        };
+        let limit = limits::round_trip(limits::READ, how);
         let limit = results.median(limits::TCP, row.awake, &limit, figure::P50)?;
         return Some(row.median(figure::P50)? / limit);
     }

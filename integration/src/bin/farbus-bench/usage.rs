@@ -1,8 +1,12 @@
-//! What processes used between two moments.
+//! What processes use while there is load on them.
+//!
+//! Threads come and go with connections, and what a thread has used is forgotten at its end. So the meter looks
+//! twice while the load is steady, and the difference is what the time between took.
 
-use std::time::Instant;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use farbus_integration::procfs::Proc;
 
 use crate::results::{Figures, figure};
@@ -14,55 +18,66 @@ pub(crate) struct Watched {
     pub(crate) pid: u32,
 }
 
+/// What one process used between the two looks.
 #[derive(Debug)]
-struct Mark {
-    cpu_ns: u64,
-    switches: u64,
+struct Used {
+    name: &'static str,
+    cpu_ns: f64,
+    switches: f64,
 }
 
-/// The beginning of a measurement.
+/// A running measurement.
 #[derive(Debug)]
-pub(crate) struct Meter<'a> {
-    watched: &'a [Watched],
-    marks: Vec<Mark>,
-    begun: Instant,
+pub(crate) struct Meter {
+    looking: JoinHandle<Result<(Vec<Used>, Duration)>>,
 }
 
-impl<'a> Meter<'a> {
-    pub(crate) fn start(watched: &'a [Watched]) -> Result<Self> {
-        let marks = watched.iter().map(|one| mark(one.pid));
-        Ok(Self {
-            watched,
-            marks: marks.collect::<Result<_>>()?,
-            begun: Instant::now(),
-        })
+impl Meter {
+    /// Watches from the end of the warming up until shortly before the end; the load begins now.
+    pub(crate) fn start(watched: &[Watched], warmup: Duration, time: Duration) -> Self {
+        let watched = watched.to_vec();
+        let looking = thread::spawn(move || {
+            thread::sleep(warmup + time.mul_f64(0.1));
+            let (before, begun) = (look(&watched)?, Instant::now());
+            thread::sleep(time.mul_f64(0.75));
+            let (after, between) = (look(&watched)?, begun.elapsed());
+            let used = watched.iter().zip(before).zip(after);
+            let used = used.map(|((one, before), after)| Used {
+                name: one.name,
+                cpu_ns: after.0.saturating_sub(before.0) as f64,
+                switches: after.1.saturating_sub(before.1) as f64,
+            });
+            Ok((used.collect(), between))
+        });
+        Self { looking }
     }
 
-    /// Adds what was used since, per I/O, to `figures`; processes of one name add up.
-    ///
-    /// `iops` is the load's own rate. Warming up uses as much per I/O as measuring does, so the number
-    /// of I/Os is taken from the rate and `active`, the seconds during which there was load.
-    pub(crate) fn stop(self, iops: f64, active: f64, figures: &mut Figures) -> Result<()> {
-        let ios = (iops * active.min(self.begun.elapsed().as_secs_f64())).max(1.0);
-        for (one, begin) in self.watched.iter().zip(&self.marks) {
-            let end = mark(one.pid)?;
-            let mut add = |name: &str, from: u64, to: u64, unit: f64| {
-                let key = format!("{name}.{}", one.name);
-                *figures.entry(key).or_default() += to.saturating_sub(from) as f64 / unit / ios;
+    /// Adds what was used per I/O to `figures`, which has the rate; processes of one name add up.
+    pub(crate) fn stop(self, figures: &mut Figures) -> Result<()> {
+        let (used, between) = self
+            .looking
+            .join()
+            .map_err(|_| anyhow!("the thread that watches processes has panicked"))??;
+        let iops = figures.get(figure::IOPS).copied().unwrap_or(f64::NAN);
+        let ios = iops * between.as_secs_f64();
+        for one in used {
+            let mut add = |name: &str, value: f64| {
+                *figures.entry(format!("{name}.{}", one.name)).or_default() += value / ios;
             };
-            add(figure::CPU, begin.cpu_ns, end.cpu_ns, 1e3);
-            add(figure::SWITCHES, begin.switches, end.switches, 1.0);
+            add(figure::CPU, one.cpu_ns / 1e3);
+            add(figure::SWITCHES, one.switches);
         }
         Ok(())
     }
 }
 
-fn mark(pid: u32) -> Result<Mark> {
-    let proc = Proc::of(pid);
-    Ok(Mark {
-        cpu_ns: proc.cpu_ns()?,
-        switches: proc.context_switches()?,
-    })
+/// CPU time and context switches so far.
+fn look(watched: &[Watched]) -> Result<Vec<(u64, u64)>> {
+    let each = watched.iter().map(|one| {
+        let proc = Proc::of(one.pid);
+        Ok((proc.cpu_ns()?, proc.context_switches()?))
+    });
+    each.collect()
 }
 
 /// Adds the private memory of each process, divided by the attachments, to `figures`.
@@ -73,4 +88,27 @@ pub(crate) fn resident(watched: &[Watched], attachments: u32, figures: &mut Figu
         *figures.entry(key).or_default() += mib / f64::from(attachments);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_of_one_name_add_up_per_io() {
+        let own = Watched {
+            name: "own",
+            pid: std::process::id(),
+        };
+        let time = Duration::from_millis(40);
+        let meter = Meter::start(&[own.clone(), own], Duration::ZERO, time);
+        let begun = Instant::now();
+        while begun.elapsed() < time {
+            std::hint::spin_loop();
+        }
+        let mut figures = Figures::from([(figure::IOPS.to_owned(), 1000.0)]);
+        meter.stop(&mut figures).unwrap();
+        let cpu = figures[&format!("{}.own", figure::CPU)];
+        assert!(cpu.is_finite() && cpu > 0.0, "{cpu}");
+    }
 }

@@ -63,12 +63,10 @@ pub(crate) fn measure(
     watched: &[Watched],
     plan: &Plan,
 ) -> Result<Figures> {
-    let meter = Meter::start(watched)?;
+    let meter = Meter::start(watched, plan.warmup, plan.time);
     let report = run(target, workload, polled, plan.into())?;
     let mut figures = figures(&report, workload);
-    let iops = *figures.get(figure::IOPS).context("no rate")?;
-    let active = (plan.warmup + plan.time).as_secs_f64();
-    meter.stop(iops, active, &mut figures)?;
+    meter.stop(&mut figures)?;
     Ok(figures)
 }
 

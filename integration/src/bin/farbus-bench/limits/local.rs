@@ -11,24 +11,29 @@ use rustix::io::{Errno, read, write};
 
 use super::stream::rate;
 use super::wire::ping;
-use super::{BIG, MEMORY, NOT_CACHED};
+use super::{BIG, How, MEMORY, NOT_CACHED};
 use crate::helpers::Pinned;
 use crate::results::Figures;
 use crate::session::{Plan, Subject, Take};
 
 /// Round trip between two threads that signal each other through eventfds.
-pub(crate) fn eventfd(polled: bool, plan: &Plan) -> Result<Figures> {
-    let flags = if polled {
+pub(crate) fn eventfd(how: How, plan: &Plan) -> Result<Figures> {
+    let flags = if how == How::Polled {
         EventfdFlags::NONBLOCK
     } else {
         EventfdFlags::empty()
     };
     let there = event::eventfd(0, flags)?;
     let back = event::eventfd(0, flags)?;
+    let far = if how == How::OneCpu {
+        Pinned::NEAR
+    } else {
+        Pinned::FAR
+    };
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let answering = scope.spawn(|| -> Result<()> {
-            let _pinned = Pinned::to(Pinned::FAR)?;
+            let _pinned = Pinned::to(far)?;
             while !done.load(Ordering::Relaxed) {
                 take(&there)?;
                 signal(&back)?;

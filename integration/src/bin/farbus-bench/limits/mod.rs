@@ -29,9 +29,28 @@ pub(crate) const MEMORY: &str = "memcpy";
 pub(crate) const SENT: &str = "128 KiB sent";
 pub(crate) const RECEIVED: &str = "128 KiB received";
 
+/// How the two ends of a ping-pong wait, and where they run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// Each sleeps, on a CPU of its own.
+    Blocking,
+    /// Each sleeps, and both share a CPU: nobody has to wake another CPU.
+    OneCpu,
+    /// Neither sleeps.
+    Polled,
+}
+
+impl How {
+    const ALL: [Self; 3] = [Self::Blocking, Self::OneCpu, Self::Polled];
+}
+
 /// The workload of a ping-pong, as it is called in the table.
-pub(crate) fn round_trip(sizes: (usize, usize), polled: bool) -> String {
-    let how = if polled { "polled" } else { "blocking" };
+pub(crate) fn round_trip(sizes: (usize, usize), how: How) -> String {
+    let how = match how {
+        How::Blocking => "blocking",
+        How::OneCpu => "blocking, one CPU",
+        How::Polled => "polled",
+    };
     format!("{} B / {} B {how}", sizes.0, sizes.1)
 }
 
@@ -87,10 +106,10 @@ impl Subject for Veth {
 }
 
 fn tcp(place: &Place, take: &mut Take<'_>) -> Result<()> {
-    for polled in [false, true] {
+    for how in How::ALL {
         for sizes in [SMALL, READ] {
-            take.one(&round_trip(sizes, polled), |plan| {
-                Wire::tcp(place, sizes, polled).measure(plan)
+            take.one(&round_trip(sizes, how), |plan| {
+                Wire::tcp(place, sizes, how).measure(plan)
             })?;
         }
     }
@@ -111,14 +130,14 @@ impl Subject for Hops {
     }
 
     fn measure(&self, take: &mut Take<'_>) -> Result<()> {
-        for polled in [false, true] {
-            take.one(&round_trip(SMALL, polled), |plan| {
-                Wire::unix(SMALL, polled).measure(plan)
+        for how in How::ALL {
+            take.one(&round_trip(SMALL, how), |plan| {
+                Wire::unix(SMALL, how).measure(plan)
             })?;
         }
-        for polled in [false, true] {
-            let workload = round_trip((8, 8), polled);
-            take.one_of(EVENTFD, &workload, |plan| local::eventfd(polled, plan))?;
+        for how in How::ALL {
+            let workload = round_trip((8, 8), how);
+            take.one_of(EVENTFD, &workload, |plan| local::eventfd(how, plan))?;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
+use super::How;
 use super::wire::{Place, write_all};
 use crate::helpers::{Pinned, Role};
 use crate::interrupt;
@@ -13,7 +14,7 @@ use crate::session::Plan;
 
 /// Sends messages of `size` bytes to a process that reads them.
 pub(crate) fn send(place: &Place<'_>, size: usize, plan: &Plan) -> Result<Figures> {
-    let (_process, mut stream) = place.connect(Role::Sink, (size, size), false)?;
+    let (_process, mut stream) = place.connect(Role::Sink, (size, size), How::Blocking)?;
     let _pinned = Pinned::to(Pinned::NEAR)?;
     let message = vec![0; size];
     rate(plan, || {
@@ -24,7 +25,7 @@ pub(crate) fn send(place: &Place<'_>, size: usize, plan: &Plan) -> Result<Figure
 
 /// Reads messages of `size` bytes that a process writes.
 pub(crate) fn receive(place: &Place<'_>, size: usize, plan: &Plan) -> Result<Figures> {
-    let (_process, mut stream) = place.connect(Role::Source, (size, size), false)?;
+    let (_process, mut stream) = place.connect(Role::Source, (size, size), How::Blocking)?;
     let _pinned = Pinned::to(Pinned::NEAR)?;
     let mut message = vec![0; size];
     rate(plan, || match stream.read(&mut message)? {

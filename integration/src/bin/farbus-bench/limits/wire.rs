@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use farbus_integration::process::{Process, mortal_command};
 use farbus_integration::scratch::Scratch;
 
+use super::How;
 use super::namespaces::Namespace;
 use crate::helpers::{Pinned, Role, start_listening};
 use crate::interrupt;
@@ -130,34 +131,34 @@ impl<'a> Place<'a> {
         &self,
         role: Role,
         sizes: (usize, usize),
-        polled: bool,
+        how: How,
     ) -> Result<(Process, Stream)> {
         let own = std::env::current_exe().context("finding this program")?;
         let mut command = match self.namespace {
             Some(namespace) => namespace.command(&own),
             None => mortal_command(&own),
         };
-        echo_arguments(&mut command, role, sizes, polled);
+        echo_arguments(&mut command, role, sizes, how);
         command.args(["--tcp", self.address]);
         let (process, address) = start_listening("echo", command)?;
         let stream = Stream::from(TcpStream::connect(&address).context("connecting")?);
-        stream.prepare(polled)?;
+        stream.prepare(how == How::Polled)?;
         Ok((process, stream))
     }
 }
 
-fn connect_unix(path: &Path, sizes: (usize, usize), polled: bool) -> Result<(Process, Stream)> {
+fn connect_unix(path: &Path, sizes: (usize, usize), how: How) -> Result<(Process, Stream)> {
     let own = std::env::current_exe().context("finding this program")?;
     let mut command = mortal_command(&own);
-    echo_arguments(&mut command, Role::Echo, sizes, polled);
+    echo_arguments(&mut command, Role::Echo, sizes, how);
     command.arg("--unix").arg(path);
     let (process, _) = start_listening("echo", command)?;
     let stream = Stream::from(UnixStream::connect(path).context("connecting")?);
-    stream.prepare(polled)?;
+    stream.prepare(how == How::Polled)?;
     Ok((process, stream))
 }
 
-fn echo_arguments(command: &mut Command, role: Role, sizes: (usize, usize), polled: bool) {
+fn echo_arguments(command: &mut Command, role: Role, sizes: (usize, usize), how: How) {
     let role = match role {
         Role::Echo => "echo",
         Role::Sink => "sink",
@@ -167,7 +168,13 @@ fn echo_arguments(command: &mut Command, role: Role, sizes: (usize, usize), poll
         .args(["echo", "--role", role])
         .args(["--request", &sizes.0.to_string()])
         .args(["--response", &sizes.1.to_string()]);
-    if polled {
+    let cpu = if how == How::OneCpu {
+        Pinned::NEAR
+    } else {
+        Pinned::FAR
+    };
+    command.args(["--cpu", &cpu.to_string()]);
+    if how == How::Polled {
         command.arg("--polled");
     }
 }
@@ -177,23 +184,23 @@ fn echo_arguments(command: &mut Command, role: Role, sizes: (usize, usize), poll
 pub(crate) struct Wire<'a> {
     place: Option<&'a Place<'a>>,
     sizes: (usize, usize),
-    polled: bool,
+    how: How,
 }
 
 impl<'a> Wire<'a> {
-    pub(crate) fn tcp(place: &'a Place<'a>, sizes: (usize, usize), polled: bool) -> Self {
+    pub(crate) fn tcp(place: &'a Place<'a>, sizes: (usize, usize), how: How) -> Self {
         Self {
             place: Some(place),
             sizes,
-            polled,
+            how,
         }
     }
 
-    pub(crate) fn unix(sizes: (usize, usize), polled: bool) -> Self {
+    pub(crate) fn unix(sizes: (usize, usize), how: How) -> Self {
         Self {
             place: None,
             sizes,
-            polled,
+            how,
         }
     }
 
@@ -201,8 +208,8 @@ impl<'a> Wire<'a> {
         // Holds the socket's path for as long as it is needed.
         let scratch = Scratch::new("wire")?;
         let (_process, mut stream) = match self.place {
-            Some(place) => place.connect(Role::Echo, self.sizes, self.polled)?,
-            None => connect_unix(&scratch.join("s"), self.sizes, self.polled)?,
+            Some(place) => place.connect(Role::Echo, self.sizes, self.how)?,
+            None => connect_unix(&scratch.join("s"), self.sizes, self.how)?,
         };
         let _pinned = Pinned::to(Pinned::NEAR)?;
         let request = vec![0; self.sizes.0];

@@ -35,17 +35,8 @@ pub(crate) struct ClientArgs {
     seconds: f64,
 }
 
-/// What a load came to.
-#[derive(Debug)]
-pub(crate) struct Ran {
-    pub(crate) iops: f64,
-    /// Seconds with load, warming up included.
-    pub(crate) active: f64,
-    pub(crate) figures: Figures,
-}
-
 /// Runs the client to its end.
-pub(crate) fn run(socket: &Path, workload: &Workload, plan: &Plan) -> Result<Ran> {
+pub(crate) fn run(socket: &Path, workload: &Workload, plan: &Plan) -> Result<Figures> {
     let own = std::env::current_exe().context("finding this program")?;
     let (warmup, time) = (plan.warmup.as_secs_f64(), plan.time.as_secs_f64());
     let mut command = mortal_command(&own);
@@ -72,11 +63,7 @@ pub(crate) fn run(socket: &Path, workload: &Workload, plan: &Plan) -> Result<Ran
         figure::MB_PER_S.into(),
         iops * f64::from(workload.block) / 1e6,
     );
-    Ok(Ran {
-        iops,
-        active: warmup + time,
-        figures,
-    })
+    Ok(figures)
 }
 
 /// The client's process.

@@ -81,8 +81,8 @@ impl Subject for VhostUserDisk {
 }
 
 fn measure(chain: &Chain, workload: &Workload, plan: &Plan) -> Result<Figures> {
-    let meter = Meter::start(&chain.watched)?;
-    let mut ran = client::run(&chain.socket, workload, plan)?;
-    meter.stop(ran.iops, ran.active, &mut ran.figures)?;
-    Ok(ran.figures)
+    let meter = Meter::start(&chain.watched, plan.warmup, plan.time);
+    let mut figures = client::run(&chain.socket, workload, plan)?;
+    meter.stop(&mut figures)?;
+    Ok(figures)
 }

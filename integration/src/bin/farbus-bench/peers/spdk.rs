@@ -5,8 +5,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use farbus_integration::process::{Process, mortal_command, run_tool};
 use farbus_integration::scratch::Scratch;
 
@@ -14,7 +15,7 @@ use super::servers::{free_port, start, wait};
 use super::{SPDK_TCP, SPDK_VFIO_USER};
 use crate::awake::Awake;
 use crate::results::{Figures, figure};
-use crate::session::{Plan, Skip, Subject, Take};
+use crate::session::{Skip, Subject, Take};
 use crate::usage::{Meter, Watched};
 use crate::workload::{self, MIX_READS, Pattern, Workload};
 
@@ -23,6 +24,7 @@ const DIR_ENV: &str = "SPDK_DIR";
 const NQN: &str = "nqn.2016-06.io.spdk:bench";
 const TARGET_CPU: &str = "0x1";
 const PERF_CPU: &str = "0x2";
+const WARMUP: Duration = Duration::from_secs(1);
 const MEMORY_MIB: &str = "512";
 const DISK_MIB: &str = "256";
 
@@ -70,10 +72,11 @@ impl Subject for Spdk {
         }];
         for workload in workload::common(take.plan.quick) {
             take.one(&workload.to_string(), |plan| {
-                let meter = Meter::start(&watched)?;
-                let (mut figures, active) = perf(&dir, &transport, &workload, plan)?;
-                let iops = *figures.get(figure::IOPS).context("no rate")?;
-                meter.stop(iops, active, &mut figures)?;
+                // The tool counts in whole seconds.
+                let time = Duration::from_secs(plan.time.as_secs_f64().ceil() as u64);
+                let meter = Meter::start(&watched, WARMUP, time);
+                let mut figures = perf(&dir, &transport, &workload, time)?;
+                meter.stop(&mut figures)?;
                 Ok(figures)
             })?;
         }
@@ -128,16 +131,16 @@ impl Spdk {
     }
 }
 
-/// Runs `spdk_nvme_perf`, which counts in whole seconds; returns also for how long there was load.
-fn perf(dir: &Path, transport: &str, workload: &Workload, plan: &Plan) -> Result<(Figures, f64)> {
-    let (warmup, time) = (1.0, plan.time.as_secs_f64().ceil());
+/// Runs `spdk_nvme_perf`.
+fn perf(dir: &Path, transport: &str, workload: &Workload, time: Duration) -> Result<Figures> {
     let mut command = mortal_command(&dir.join("build/bin/spdk_nvme_perf"));
     command
         .args(["-c", PERF_CPU, "--no-huge", "-s", MEMORY_MIB])
         .args(["-q", &workload.depth.to_string()])
         .args(["-o", &workload.block.to_string()])
         .args(["-w", workload.pattern.name()])
-        .args(["-a", &warmup.to_string(), "-t", &time.to_string()])
+        .args(["-a", &WARMUP.as_secs().to_string()])
+        .args(["-t", &time.as_secs().to_string()])
         .args(["-L", "-r", transport]);
     if workload.pattern == Pattern::RandRw {
         command.args(["-M", &MIX_READS.to_string()]);
@@ -148,7 +151,7 @@ fn perf(dir: &Path, transport: &str, workload: &Workload, plan: &Plan) -> Result
         figures.contains_key(figure::IOPS) && figures.contains_key(figure::P50),
         "spdk_nvme_perf said nothing that is understood"
     );
-    Ok((figures, warmup + time))
+    Ok(figures)
 }
 
 /// Reads `Total : IOPS MiB/s average min max` and the lines `50.00000% : 9.523us` of the summary.
