@@ -24,7 +24,7 @@ pub(crate) struct SpinArgs {
 
 /// Spins until it is killed.
 pub(crate) fn spin(args: &SpinArgs) -> Result<()> {
-    let _pinned = Pinned::to(args.cpu)?;
+    let _pinned = args.cpu.map(Pinned::to).transpose()?;
     loop {
         std::hint::spin_loop();
     }
@@ -95,14 +95,14 @@ pub(crate) struct EchoArgs {
     /// Does not sleep while it waits.
     #[arg(long)]
     pub(crate) polled: bool,
-    /// The CPU to run on.
+    /// The CPU to run on; any, unless one is named.
     #[arg(long)]
-    pub(crate) cpu: usize,
+    pub(crate) cpu: Option<usize>,
 }
 
 /// Serves one connection. Prints where it listens.
 pub(crate) fn echo(args: &EchoArgs) -> Result<()> {
-    let _pinned = Pinned::to(args.cpu)?;
+    let _pinned = args.cpu.map(Pinned::to).transpose()?;
     let mut stream = match (&args.tcp, &args.unix) {
         (Some(address), _) => {
             let listener = TcpListener::bind(address).context("listening")?;

@@ -58,7 +58,7 @@ pub(crate) fn fit(results: &Results) -> Vec<Fit> {
         .iter()
         .map(|point| point.measured_us - point.copies_us)
         .collect();
-    let Some([rtt_factor, hop_factor, drive_us]) = least_squares(&inputs, &outputs) else {
+    let Some([rtt_factor, hop_factor, drive_us]) = fit_costs(inputs, &outputs) else {
         return Vec::new();
     };
     for point in &mut points {
@@ -100,8 +100,30 @@ fn point(results: &Results, subject: &'static str, awake: Awake, workload: &str)
     })
 }
 
-/// Solves the normal equations; none when they have no single solution.
-fn least_squares<const N: usize>(inputs: &[[f64; N]], outputs: &[f64]) -> Option<[f64; N]> {
+/// Least squares with factors that are costs: a factor that came out below zero is none, and the others are
+/// fitted without it.
+fn fit_costs<const N: usize>(mut inputs: Vec<[f64; N]>, outputs: &[f64]) -> Option<[f64; N]> {
+    let mut without = [false; N];
+    loop {
+        let mut solution = least_squares(&inputs, outputs, without)?;
+        let negative = (0..N).find(|at| !without[*at] && solution[*at] < 0.0);
+        let Some(at) = negative else {
+            for (factor, _) in solution.iter_mut().zip(without).filter(|(_, out)| *out) {
+                *factor = 0.0;
+            }
+            return Some(solution);
+        };
+        without[at] = true;
+        inputs.iter_mut().for_each(|input| input[at] = 0.0);
+    }
+}
+
+/// Solves the normal equations, for all unknowns but those that are left out; none when they have no single solution.
+fn least_squares<const N: usize>(
+    inputs: &[[f64; N]],
+    outputs: &[f64],
+    without: [bool; N],
+) -> Option<[f64; N]> {
     if inputs.len() <= N {
         return None;
     }
@@ -114,6 +136,9 @@ fn least_squares<const N: usize>(inputs: &[[f64; N]], outputs: &[f64]) -> Option
             }
             right[row] += input[row] * output;
         }
+    }
+    for at in (0..N).filter(|at| without[*at]) {
+        matrix[at][at] = 1.0;
     }
     // Gauss and Jordan, with the largest pivot of each column.
     for column in 0..N {
@@ -183,17 +208,31 @@ mod tests {
             [7.0, 2.0, 1.0],
         ];
         let outputs = inputs.map(|[a, b, _]| 1.5 * a + 0.25 * b + 4.0);
-        let found = least_squares(&inputs, &outputs).unwrap();
+        let found = least_squares(&inputs, &outputs, [false; 3]).unwrap();
         for (found, real) in found.iter().zip([1.5, 0.25, 4.0]) {
             assert!((found - real).abs() < 1e-9, "{found} {real}");
         }
     }
 
     #[test]
+    fn negative_factor_is_left_out() {
+        let inputs = vec![
+            [1.0, 0.0, 1.0],
+            [2.0, 5.0, 1.0],
+            [3.0, 1.0, 1.0],
+            [7.0, 2.0, 1.0],
+        ];
+        let outputs: Vec<f64> = inputs.iter().map(|[a, b, _]| -0.5 * a + b + 9.0).collect();
+        let [rtt, hop, rest] = fit_costs(inputs, &outputs).unwrap();
+        assert_eq!(rtt, 0.0);
+        assert!(hop > 0.0 && rest > 0.0, "{hop} {rest}");
+    }
+
+    #[test]
     fn too_few_or_dependent_rows_give_no_fit() {
         let same = [[1.0, 2.0, 1.0]; 6];
-        assert!(least_squares(&same, &[1.0; 6]).is_none());
-        assert!(least_squares(&same[..2], &[1.0; 2]).is_none());
+        assert!(least_squares(&same, &[1.0; 6], [false; 3]).is_none());
+        assert!(least_squares(&same[..2], &[1.0; 2], [false; 3]).is_none());
         assert!(fit(&Results::default()).is_empty());
     }
 }

@@ -1,6 +1,7 @@
 //! Runs `farbus-vfu-nvme bench`, the load, and reads what it reports.
 
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -55,6 +56,14 @@ impl From<&Plan> for Extent {
     }
 }
 
+const RETRIES: u32 = 40;
+const RETRY_AFTER: Duration = Duration::from_millis(50);
+
+/// Another load has the export.
+fn is_busy(error: &anyhow::Error) -> bool {
+    format!("{error:#}").contains("refused (busy)")
+}
+
 /// Runs the load, and adds what the `watched` processes used.
 pub(crate) fn measure(
     target: &Target<'_>,
@@ -63,8 +72,19 @@ pub(crate) fn measure(
     watched: &[Watched],
     plan: &Plan,
 ) -> Result<Figures> {
-    let meter = Meter::start(watched, plan.warmup, plan.time);
-    let report = run(target, workload, polled, plan.into())?;
+    // Where a load has just ended, its server may not have noticed yet.
+    let mut patience = RETRIES;
+    let (meter, report) = loop {
+        let meter = Meter::start(watched, plan.warmup, plan.time);
+        match run(target, workload, polled, plan.into()) {
+            Ok(report) => break (meter, report),
+            Err(error) if patience > 0 && is_busy(&error) => {
+                patience -= 1;
+                thread::sleep(RETRY_AFTER);
+            }
+            Err(error) => return Err(error),
+        }
+    };
     let mut figures = figures(&report, workload);
     meter.stop(&mut figures)?;
     Ok(figures)
