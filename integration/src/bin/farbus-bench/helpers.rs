@@ -24,7 +24,7 @@ pub(crate) struct SpinArgs {
 
 /// Spins until it is killed.
 pub(crate) fn spin(args: &SpinArgs) -> Result<()> {
-    let _pinned = args.cpu.map(Pinned::to).transpose()?;
+    let _pinned = Pinned::to(args.cpu)?;
     loop {
         std::hint::spin_loop();
     }
