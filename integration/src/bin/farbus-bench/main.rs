@@ -37,7 +37,7 @@ use clap::Parser;
 use self::options::Options;
 
 fn main() -> ExitCode {
-    match run::run(Options::parse()) {
+    match run::run(&Options::parse()) {
         Ok(code) => code,
         Err(error) if interrupt::requested() => {
             eprintln!("farbus-bench: interrupted ({error})");

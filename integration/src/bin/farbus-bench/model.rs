@@ -154,8 +154,9 @@ fn least_squares<const N: usize>(
         for row in 0..N {
             if row != column {
                 let factor = matrix[row][column] / matrix[column][column];
-                for at in column..N {
-                    matrix[row][at] -= factor * matrix[column][at];
+                let pivot = matrix[column];
+                for (cell, pivot) in matrix[row].iter_mut().zip(pivot) {
+                    *cell -= factor * pivot;
                 }
                 right[row] -= factor * right[column];
             }

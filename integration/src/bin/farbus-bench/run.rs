@@ -16,12 +16,12 @@ use crate::{
 };
 
 /// Does what the command line says.
-pub(crate) fn run(options: Options) -> Result<ExitCode> {
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     match &options.helper {
         Some(Helper::Spin(args)) => helpers::spin(args)?,
         Some(Helper::Echo(args)) => helpers::echo(args)?,
         Some(Helper::BlkClient(args)) => peers::client::client(args)?,
-        None => return bench(&options),
+        None => return bench(options),
     }
     Ok(ExitCode::SUCCESS)
 }

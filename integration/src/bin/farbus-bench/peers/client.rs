@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use blkio::{Blkio, Blkioq, Completion, ReqFlags};
 use clap::Args;
 use farbus_integration::deadline::Deadline;
@@ -217,5 +217,5 @@ fn cpu_time() -> f64 {
 }
 
 fn said(error: blkio::Error) -> anyhow::Error {
-    anyhow!("libblkio: {error}")
+    anyhow::Error::new(error).context("libblkio")
 }
