@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use farbus_fabric::session::client::claim;
+use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::wire::ExportName;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
 use log::{LevelFilter, error, info};
 
-use crate::reconnect::{Source, label};
+use crate::reconnect::Source;
 use crate::vfio_user::Endpoint;
 use crate::worker::Worker;
 
@@ -63,6 +63,22 @@ struct AttachArgs {
     /// it does not exist.
     #[arg(long, value_name = "PATH")]
     vfio_user: PathBuf,
+    /// What carries the data: auto (RDMA if both sides have a device and a path between them, else
+    /// TCP), verbs (RDMA or nothing), or tcp.
+    #[arg(long, value_name = "PROVIDER", default_value_t)]
+    provider: Wanted,
+    /// With --provider auto: when RDMA was in use and the link was lost, go on over TCP if RDMA cannot
+    /// be had. Without this the guest waits for RDMA.
+    #[arg(long)]
+    allow_tcp_fallback: bool,
+    /// The RDMA device to use, such as mlx5_0. By default the one that has the address from which
+    /// the device server is reached.
+    #[arg(long, value_name = "NAME")]
+    rdma_device: Option<String>,
+    /// The place in the RDMA port's table of addresses. By default that of the address from which the
+    /// device server is reached.
+    #[arg(long, value_name = "INDEX")]
+    gid_index: Option<u8>,
     /// How long the device server may take to answer, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     connect_timeout: u64,
@@ -94,15 +110,21 @@ impl Cli {
 
 fn attach(args: &AttachArgs) -> Result<(), Failure> {
     let name = args.export.as_str();
-    let source = Source {
+    let mut source = Source {
         address: args.from.clone(),
         export: args.export.clone(),
+        providers: provider::Options {
+            wanted: args.provider,
+            device: args.rdma_device.clone(),
+            gid_index: args.gid_index,
+        },
+        allow_tcp_fallback: args.allow_tcp_fallback,
     };
     let deadline = Duration::from_secs(args.connect_timeout);
-    let remote = claim(&args.from, &args.export, &label(), deadline)
+    let remote = source
+        .claim(deadline)
         .map_err(anyhow::Error::new)
         .and_then(|claimed| {
-            info!("claimed export {name} of {} ({})", args.from, claimed.epoch);
             let function = RemoteFunction::new(format!("{name} of {}", args.from), claimed)?;
             Ok(Arc::new(function))
         })

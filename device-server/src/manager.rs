@@ -13,6 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use farbus_fabric::FabricError;
+use farbus_fabric::provider;
 use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
 use farbus_fabric::wire::{Description, EngineKind, InterruptCounts, RefusalCode, Region};
 use farbus_shadow_mem::nvme::device::{DeviceError, DeviceHalf, Limits};
@@ -39,6 +40,7 @@ const NOTICES: u64 = 2;
 pub struct Manager {
     listener: TcpListener,
     exports: Exports,
+    providers: Arc<provider::Options>,
     stop: Arc<EventFd>,
 }
 
@@ -59,11 +61,16 @@ impl Drop for Served {
 
 impl Manager {
     /// A manager that has not accepted anything yet.
-    pub fn new(listener: TcpListener, exports: Exports) -> io::Result<Self> {
+    pub fn new(
+        listener: TcpListener,
+        exports: Exports,
+        providers: provider::Options,
+    ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,
             exports,
+            providers: Arc::new(providers),
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
     }
@@ -127,11 +134,12 @@ impl Manager {
         }
         let served = Served(count.clone());
         let (exports, stop) = (self.exports.clone(), self.stop.clone());
+        let providers = self.providers.clone();
         let claimed = Arc::new(AtomicBool::new(false));
         let claims = claimed.clone();
         let serve = move || {
             let _served = served;
-            if let Err(error) = serve(stream, peer, &exports, &stop, &claims) {
+            if let Err(error) = serve(stream, peer, &exports, &providers, &stop, &claims) {
                 warn!("{peer}: {:#}", anyhow::Error::new(error));
             }
         };
@@ -150,6 +158,7 @@ fn serve(
     stream: TcpStream,
     peer: SocketAddr,
     exports: &Exports,
+    providers: &provider::Options,
     stop: &EventFd,
     claimed: &AtomicBool,
 ) -> Result<(), FabricError> {
@@ -178,7 +187,7 @@ fn serve(
         }
     };
     claimed.store(true, Ordering::Release);
-    attach(request, &claim, function, &claimant, stop)
+    attach(request, &claim, function, &claimant, providers, stop)
 }
 
 /// Joins a claimant and the function. Whatever way this ends, the function is reset and the
@@ -188,6 +197,7 @@ fn attach(
     claim: &Claim,
     function: Arc<dyn Function>,
     claimant: &str,
+    providers: &provider::Options,
     stop: &EventFd,
 ) -> Result<(), FabricError> {
     let name = claim.export().name().clone();
@@ -213,9 +223,13 @@ fn attach(
         }
     };
     let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
-    let mut session = Session::new(granted.describe(description)?);
+    let (link, provider) = granted.describe_by(description, providers)?;
+    let mut session = Session::new(link);
     session.register(half.shadow(), 0)?;
-    info!("{name}: claimed by {claimant} ({})", claim.epoch());
+    info!(
+        "{name}: claimed by {claimant} ({}) over {provider}",
+        claim.epoch()
+    );
     let mut attachment = Attachment::new(half, session);
     let ended = attachment.run(stop);
     match ended {
