@@ -21,6 +21,7 @@
 //! - [`builder`] and [`machine`] start, watch and end QEMU; [`qmp`] talks to it.
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
 //! - [`vfio`] makes machines that lend their devices, and binds these.
+//! - [`rdma`] makes machines with soft RoCE.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
 //! - [`report`] says how a test failed, or why it could not run.
 //! - [`process`], [`scratch`], [`deadline`] are what the others stand on.
@@ -40,6 +41,7 @@ pub mod measure;
 pub mod process;
 pub mod procfs;
 pub mod qmp;
+pub mod rdma;
 pub mod report;
 pub mod scratch;
 mod terminal;

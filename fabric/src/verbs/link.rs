@@ -107,7 +107,7 @@ impl VerbsLink {
         let port = prepared.port();
         let mut admission = Admission::new(side);
         admission.set_epoch(epoch);
-        Ok(VerbsLink {
+        let mut link = VerbsLink {
             windows: Windows::new(Arc::clone(&prepared.domain), side == Side::Device),
             keys: RemoteKeys::default(),
             outgoing: Outgoing::new(peer.ring_len, peer.slots),
@@ -129,7 +129,11 @@ impl VerbsLink {
             pieces: Vec::with_capacity(1024),
             news: Vec::new(),
             ended: Ended::default(),
-        })
+        };
+        // An owner that waits for the descriptor first must hear of the first message. None has
+        // come yet: the peer's first waits for this side's keys, or for its description.
+        link.arm()?;
+        Ok(link)
     }
 
     /// Waits until the peer has given a key, without which nothing can be sent that has data.
