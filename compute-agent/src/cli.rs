@@ -49,6 +49,17 @@ memory must be shared (memory-backend-memfd with share=on).
 
 {EXIT_CODES}"))]
     Attach(AttachArgs),
+    /// Says whether this host can use RDMA, and what helps where it cannot.
+    #[command(after_help = "\
+Example:
+  farbus-compute-agent doctor
+
+Each line is a finding: ok; note, which takes nothing away; or warning, which costs speed. TCP works
+on any host.
+
+Exit codes:
+  0  looked")]
+    Doctor,
 }
 
 #[derive(Args)]
@@ -97,8 +108,11 @@ struct Failure(u8, anyhow::Error);
 impl Cli {
     /// Runs the command to its end.
     pub fn run(self) -> ExitCode {
-        let Command::Attach(args) = self.command;
-        match attach(&args) {
+        let done = match &self.command {
+            Command::Attach(args) => attach(args),
+            Command::Doctor => doctor().map_err(|error| Failure(1, error.into())),
+        };
+        match done {
             Ok(()) => ExitCode::SUCCESS,
             Err(Failure(code, error)) => {
                 error!("{error:#}");
@@ -106,6 +120,22 @@ impl Cli {
             }
         }
     }
+}
+
+fn doctor() -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for finding in provider::doctor::examine() {
+        let level = match finding.level {
+            provider::doctor::Level::Usable => "ok",
+            provider::doctor::Level::None => "note",
+            provider::doctor::Level::Broken => "warning",
+        };
+        writeln!(out, "{level:<8} rdma: {}", finding.what)?;
+        if let Some(remedy) = finding.remedy {
+            writeln!(out, "         -> {remedy}")?;
+        }
+    }
+    out.flush()
 }
 
 fn attach(args: &AttachArgs) -> Result<(), Failure> {

@@ -27,5 +27,5 @@ mod survey;
 mod windows;
 
 pub use link::VerbsLink;
-pub(crate) use prepare::Prepared;
+pub(crate) use prepare::{Prepared, locked_memory};
 pub use survey::{PortReport, survey};

@@ -55,7 +55,9 @@ impl Prepared {
     /// Makes everything that this side needs. The error is a reason for people.
     pub(crate) fn new(local: IpAddr, options: &Options) -> Result<Self, String> {
         let route = route::find(local, options)?;
-        check_limit()?;
+        if let Some(why) = locked_memory() {
+            return Err(why);
+        }
         let name = route.context.name().to_owned();
         Self::on(route).map_err(|error| match error.kind() {
             io::ErrorKind::OutOfMemory => {
@@ -195,8 +197,8 @@ fn own_region(domain: &Arc<Domain>, access: Access) -> io::Result<Region> {
     Region::new(domain, &memory, 0, RING, address, access)
 }
 
-/// Fails when so little memory may be locked that the first transfers would find none.
-fn check_limit() -> Result<(), String> {
+/// What is wrong with the limit of locked memory, when the first transfers would find too little.
+pub(crate) fn locked_memory() -> Option<String> {
     const CAP_IPC_LOCK: u64 = 1 << 14;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let capabilities = status.lines().find_map(|line| {
@@ -204,14 +206,14 @@ fn check_limit() -> Result<(), String> {
         u64::from_str_radix(value.trim(), 16).ok()
     });
     if capabilities.is_some_and(|set| set & CAP_IPC_LOCK != 0) {
-        return Ok(());
+        return None;
     }
-    match getrlimit(Resource::Memlock).current {
-        Some(limit) if limit < LEAST_LOCKED => Err(format!(
+    let limit = getrlimit(Resource::Memlock).current?;
+    (limit < LEAST_LOCKED).then(|| {
+        format!(
             "only {} KiB of memory may be locked, and RDMA locks what it transfers: raise the limit \
              (LimitMEMLOCK=infinity in a unit, ulimit -l), or give the process CAP_IPC_LOCK",
             limit >> 10
-        )),
-        _ => Ok(()),
-    }
+        )
+    })
 }

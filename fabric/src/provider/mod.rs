@@ -1,5 +1,7 @@
 //! Which provider carries a claim: what was asked for, and what came of it.
 
+pub mod doctor;
+
 use std::fmt;
 use std::str::FromStr;
 
