@@ -636,6 +636,10 @@ impl Link for VerbsLink {
         if self.sends.get_mut().is_half_full() {
             self.sends.get_mut().reap();
         }
+        if !self.outgoing.has_room() {
+            // The peer may have said that there is some.
+            self.poll()?;
+        }
         if self.has_ended() {
             return Err(self.end());
         }
