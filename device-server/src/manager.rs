@@ -61,18 +61,21 @@ impl Drop for Served {
 
 impl Manager {
     /// A manager that has not accepted anything yet.
-    pub fn new(
-        listener: TcpListener,
-        exports: Exports,
-        providers: provider::Options,
-    ) -> io::Result<Self> {
+    pub fn new(listener: TcpListener, exports: Exports) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,
             exports,
-            providers: Arc::new(providers),
+            providers: Arc::default(),
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
+    }
+
+    /// Has claims carried by what these options say.
+    #[must_use]
+    pub fn with_providers(mut self, providers: provider::Options) -> Self {
+        self.providers = Arc::new(providers);
+        self
     }
 
     /// Accepts until `signals` is readable; then ends all attachments and waits for them.

@@ -269,6 +269,14 @@ fn provider_is_chosen_with_a_reason_or_refused_with_one() -> TestResult {
     );
     let said = guest.run("farbus-device-server doctor")?.text();
     assert_has(&said, "rxe0 port 1 (Ethernet) is ACTIVE");
+    // Root may lock what it likes, others what they are given.
+    let unprivileged = "ulimit -l 64; setpriv --reuid 1000 --regid 1000 --clear-groups";
+    let said = check(
+        &guest,
+        &format!("{unprivileged} farbus-compute-agent doctor"),
+    )?;
+    assert_has(&said, "only 64 KiB of memory may be locked");
+    assert_has(&said, "LimitMEMLOCK");
     guest.check("rdma link del rxe0")?;
     let said = check(&guest, "farbus-compute-agent doctor")?;
     assert_has(&said, "there is no RDMA device");

@@ -165,7 +165,7 @@ fn serve(
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let names = exports.names();
-    let manager = Manager::new(listener, exports, args.providers())?;
+    let manager = Manager::new(listener, exports)?.with_providers(args.providers());
     announce(args.json, &names, address, out)?;
     manager.run(signals)?;
     Ok(())

@@ -177,10 +177,10 @@ fn offer(
         other => return Err(unexpected(other, "RdmaAnswer")),
     };
     let works = prepared.connect(peer).and_then(|()| prepared.prove());
-    let outcome = works
-        .as_ref()
-        .map(|()| ())
-        .map_err(|why| Text::truncated(why));
+    let outcome = match &works {
+        Ok(()) => Ok(()),
+        Err(why) => Err(Text::truncated(why)),
+    };
     channel.send(&Message::RdmaChoice(outcome))?;
     Ok(works.map(|()| prepared))
 }

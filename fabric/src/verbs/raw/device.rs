@@ -255,8 +255,10 @@ impl Context {
             event.event_type,
             sys::IBV_EVENT_PORT_ACTIVE | sys::IBV_EVENT_PORT_ERR
         );
-        // SAFETY: events of a port have its number in the union.
-        let port = of_port.then(|| unsafe { event.element.port_num } as u8);
+        // SAFETY: the union began as a number, and the device's events have numbers or pointers in
+        // it: these bytes are initialised whichever it is. It means a port for events of ports only.
+        let number = unsafe { event.element.port_num };
+        let port = of_port.then_some(number as u8);
         let fatal = matches!(
             event.event_type,
             sys::IBV_EVENT_CQ_ERR

@@ -353,10 +353,10 @@ impl Chain {
 
 fn mtu_code(bytes: u16) -> sys::ibv_mtu {
     match bytes {
-        ..512 => sys::IBV_MTU_256,
-        ..1024 => sys::IBV_MTU_512,
-        ..2048 => sys::IBV_MTU_1024,
-        ..4096 => sys::IBV_MTU_2048,
+        0..512 => sys::IBV_MTU_256,
+        512..1024 => sys::IBV_MTU_512,
+        1024..2048 => sys::IBV_MTU_1024,
+        2048..4096 => sys::IBV_MTU_2048,
         _ => sys::IBV_MTU_4096,
     }
 }

@@ -103,7 +103,7 @@ fn bare_keys(address: &str) -> Outcome {
     let status = attacker.write_to(IOVA, key, 64)?;
     println!("write with a dead key: {}", say(status));
     ensure(
-        status.is_some_and(|s| s.is_refusal()),
+        status.is_some_and(Status::is_refusal),
         "a dead key was taken",
     )?;
 
@@ -113,7 +113,7 @@ fn bare_keys(address: &str) -> Outcome {
     let status = attacker.write_to(IOVA, region.remote_key(), 64)?;
     println!("write with the key of another connection: {}", say(status));
     ensure(
-        status.is_some_and(|s| s.is_refusal()),
+        status.is_some_and(Status::is_refusal),
         "a foreign key was taken",
     )?;
 
@@ -122,7 +122,7 @@ fn bare_keys(address: &str) -> Outcome {
     let status = attacker.write_to(IOVA + (1 << 20) - 32, region.remote_key(), 64)?;
     println!("write past the end: {}", say(status));
     ensure(
-        status.is_some_and(|s| s.is_refusal()),
+        status.is_some_and(Status::is_refusal),
         "a write past the end was taken",
     )?;
 
@@ -130,7 +130,7 @@ fn bare_keys(address: &str) -> Outcome {
     let region = victim.region(&guest, IOVA, Access::Local)?;
     let status = attacker.write_to(IOVA, region.remote_key(), 64)?;
     println!("write to memory that is not for writing: {}", say(status));
-    ensure(status.is_some_and(|s| s.is_refusal()), "it was taken")?;
+    ensure(status.is_some_and(Status::is_refusal), "it was taken")?;
     Ok(())
 }
 
