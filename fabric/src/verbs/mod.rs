@@ -22,7 +22,6 @@ pub mod raw;
 mod ring;
 mod route;
 mod sends;
-mod spin;
 mod survey;
 mod windows;
 
