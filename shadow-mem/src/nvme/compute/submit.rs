@@ -193,11 +193,14 @@ impl ComputeHalf {
                     .memory
                     .spans(*segment, false, &mut self.batch.payload)
                     .is_ok(),
-                // Where it lands is looked up again when it comes.
-                _ => self.memory.covers(segment.iova, segment.len.into(), true),
+                // Where it lands is looked up again when it comes, unless the peer writes it.
+                _ => {
+                    self.batch.push_segment(segment.iova.0, segment.len);
+                    self.memory.covers(segment.iova, segment.len.into(), true)
+                }
             };
             if !mapped {
-                self.batch.payload.truncate(before);
+                self.batch.truncate(before);
                 return Err(Status::DATA_TRANSFER_ERROR);
             }
         }
@@ -209,7 +212,7 @@ impl ComputeHalf {
             direction,
         };
         if self.batch.push(&placement, &sqe.0).is_err() {
-            self.batch.payload.truncate(before);
+            self.batch.truncate(before);
             return Err(Status::INTERNAL_ERROR);
         }
         command.state = State::Sent;

@@ -10,7 +10,7 @@ use super::super::identify;
 use super::super::ring::CompletionCursor;
 use super::super::transfer::Transfer;
 use super::tags::Command;
-use super::{DeviceHalf, SubmissionQueue};
+use super::{DeviceHalf, MAX_SPANS, SubmissionQueue};
 use crate::session::Session;
 
 impl DeviceHalf {
@@ -20,7 +20,7 @@ impl DeviceHalf {
         for id in 0..self.completion.len() as u16 {
             self.drain(id, false, session)?;
         }
-        session.complete(&mut self.batch, &mut self.payload)
+        session.complete(&mut self.batch, &mut self.payload, &mut self.remote)
     }
 
     /// Takes what is new in one queue; with `all`, even if the network takes no more. No more
@@ -84,22 +84,35 @@ impl DeviceHalf {
             data_len,
             result: cqe.result,
         };
-        self.append(&entry, command.offset, session)
+        self.append(&entry, command.offset, command.segments, session)
     }
 
     fn append(
         &mut self,
         entry: &CompleteEntry,
         offset: u32,
+        segments: u16,
         session: &mut Session,
     ) -> Result<(), FabricError> {
-        if !self.batch.has_room(entry.data_len) || self.payload.len() == self.payload.capacity() {
-            session.complete(&mut self.batch, &mut self.payload)?;
+        let full = self.payload.len() >= MAX_SPANS
+            || self.remote.len() + usize::from(segments) > MAX_SPANS;
+        if !self.batch.has_room(entry.data_len) || full {
+            session.complete(&mut self.batch, &mut self.payload, &mut self.remote)?;
         }
         self.batch.push(entry)?;
         if entry.data_len > 0 {
             let span = self.span(offset, entry.data_len);
             self.payload.push(span);
+            if session.is_one_sided() {
+                if segments == 0 {
+                    return Err(FabricError::violation(format!(
+                        "{} does not say where its data goes",
+                        entry.tag
+                    )));
+                }
+                let segments = self.segments.of(offset, segments);
+                self.remote.extend_from_slice(segments);
+            }
         }
         Ok(())
     }
@@ -146,7 +159,7 @@ impl DeviceHalf {
                         data_len: 0,
                         result: 0,
                     };
-                    self.append(&entry, 0, session)?;
+                    self.append(&entry, 0, 0, session)?;
                 }
                 if let Some(slot) = self.submission.get_mut(queue) {
                     *slot = None;

@@ -10,6 +10,7 @@ mod complete;
 mod controller;
 mod host_memory;
 mod probe;
+mod segments;
 mod settings;
 mod submit;
 mod tags;
@@ -22,7 +23,7 @@ use std::time::Duration;
 use farbus_fabric::wire::{
     CompleteBatch, Data, FaultCode, Header, Kind, Message, RequestId, Submit, Text, WireError,
 };
-use farbus_fabric::{FabricError, Sink, Span};
+use farbus_fabric::{FabricError, RemoteSpan, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
@@ -33,6 +34,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::arena::Arena;
 use self::controller::Controller;
+use self::segments::Segments;
 pub use self::settings::Settings;
 use self::tags::Tags;
 use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
@@ -40,6 +42,8 @@ use super::ring::CompletionCursor;
 use crate::session::Session;
 use crate::shadow::shared_memory;
 
+/// Pieces of memory that one message takes data from, or brings it to.
+const MAX_SPANS: usize = 1024;
 /// Answers that wait for the network before nothing more is received.
 const MAX_OUTBOX: usize = 64;
 
@@ -141,6 +145,9 @@ pub struct DeviceHalf {
     outbox: VecDeque<Message>,
     batch: CompleteBatch,
     payload: Vec<Span>,
+    /// Where the payload goes, on a one-sided link.
+    remote: Vec<RemoteSpan>,
+    segments: Segments,
 }
 
 impl DeviceHalf {
@@ -207,7 +214,9 @@ impl DeviceHalf {
             gone: None,
             outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
             batch: CompleteBatch::new(),
-            payload: Vec::with_capacity(1024),
+            payload: Vec::with_capacity(MAX_SPANS),
+            remote: Vec::with_capacity(MAX_SPANS),
+            segments: Segments::new(limits.shadow_len),
             function,
         };
         half.function.map_dma(&half.shadow)?;
@@ -336,6 +345,7 @@ impl DeviceHalf {
         self.completion.fill_with(|| None);
         self.batch.clear();
         self.payload.clear();
+        self.remote.clear();
     }
 
     fn register_write(&mut self, region: u8, offset: u64, data: &[u8]) {

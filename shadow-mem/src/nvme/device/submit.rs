@@ -151,6 +151,7 @@ impl DeviceHalf {
                 )));
             }
         };
+        let segments = self.segments.keep(placement, entry.segments.clone())?;
         push(sq, |index| arena.store_sqe(queue, index, &sqe.0));
         self.tags.insert(
             tag,
@@ -159,6 +160,7 @@ impl DeviceHalf {
                 queue,
                 transfer: declared,
                 offset: placement.shadow_offset,
+                segments,
             },
         );
         Ok(())
