@@ -52,7 +52,7 @@ impl ComputeHalf {
 
     /// Fetches from all queues in turn until the batch is full or nothing is left.
     fn fill_batch(&mut self) {
-        let queues = self.queues.submission.len() as u16;
+        let queues = self.queues.submission.end();
         // A guest whose I/O is stuck can still abort and delete.
         if self.fetch_burst(0) == Fetch::NoRoom {
             return;
@@ -85,12 +85,7 @@ impl ComputeHalf {
     }
 
     fn fetch(&mut self, queue: u16) -> Fetch {
-        let Some(sq) = self
-            .queues
-            .submission
-            .get(usize::from(queue))
-            .and_then(Option::as_ref)
-        else {
+        let Some(sq) = self.queues.submission.get(queue) else {
             return Fetch::Empty;
         };
         let limit = match queue {

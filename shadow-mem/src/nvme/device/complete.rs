@@ -17,7 +17,7 @@ impl DeviceHalf {
     /// Sends everything that the device has completed, unless the network takes no more: then
     /// it stays in the device's queues.
     pub(super) fn send_completions(&mut self, session: &mut Session) -> Result<(), FabricError> {
-        for id in 0..self.completion.len() as u16 {
+        for id in 0..self.completion.end() {
             self.drain(id, false, session)?;
         }
         session.complete(&mut self.batch, &mut self.payload, &mut self.remote)
@@ -31,7 +31,7 @@ impl DeviceHalf {
             if session.is_congested() && !all {
                 break;
             }
-            let Some(Some(cursor)) = self.completion.get_mut(usize::from(id)) else {
+            let Some(cursor) = self.completion.get_mut(id) else {
                 break;
             };
             let (index, phase) = cursor.at();
@@ -66,7 +66,7 @@ impl DeviceHalf {
             }
             return Ok(());
         };
-        if let Some(Some(sq)) = self.submission.get_mut(usize::from(command.queue)) {
+        if let Some(sq) = self.submission.get_mut(command.queue) {
             sq.outstanding = sq.outstanding.saturating_sub(1);
         }
         let ok = cqe.status.is_success();
@@ -125,28 +125,24 @@ impl DeviceHalf {
     ) -> Result<(), FabricError> {
         let sqe = &command.sqe;
         let (id, size) = (sqe.dword(10) as u16, (sqe.dword(10) >> 16) + 1);
-        let queue = usize::from(id);
         match sqe.opcode() {
             admin::CREATE_CQ => {
-                if let Some(slot) = self.completion.get_mut(queue) {
-                    *slot = Some(CompletionCursor::new(size));
-                }
+                self.completion.insert(id, CompletionCursor::new(size));
             }
             admin::CREATE_SQ => {
-                if let Some(slot) = self.submission.get_mut(queue) {
-                    *slot = Some(SubmissionQueue {
-                        size,
-                        tail: 0,
-                        outstanding: 0,
-                        completion_queue: (sqe.dword(11) >> 16) as u16,
-                        dirty: false,
-                    });
-                }
+                let made = SubmissionQueue {
+                    size,
+                    tail: 0,
+                    outstanding: 0,
+                    completion_queue: (sqe.dword(11) >> 16) as u16,
+                    dirty: false,
+                };
+                self.submission.insert(id, made);
             }
             admin::DELETE_SQ => {
                 // What it has completed counts, and must not be found later under a tag that
                 // is in use again.
-                if let Some(Some(sq)) = self.submission.get(queue) {
+                if let Some(sq) = self.submission.get(id) {
                     self.drain(sq.completion_queue, true, session)?;
                 }
                 // A device need not complete what it dropped (NVMe 1.4 §5.6); the guest's
@@ -161,14 +157,10 @@ impl DeviceHalf {
                     };
                     self.append(&entry, 0, 0, session)?;
                 }
-                if let Some(slot) = self.submission.get_mut(queue) {
-                    *slot = None;
-                }
+                self.submission.remove(id);
             }
             admin::DELETE_CQ => {
-                if let Some(slot) = self.completion.get_mut(queue) {
-                    *slot = None;
-                }
+                self.completion.remove(id);
             }
             _ if identify::is_of_controller(sqe) => {
                 let data = self

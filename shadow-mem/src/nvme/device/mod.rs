@@ -39,6 +39,7 @@ pub use self::settings::Settings;
 use self::tags::Tags;
 use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
 use super::ring::CompletionCursor;
+use super::slots::Slots;
 use crate::session::Session;
 use crate::shadow::shared_memory;
 
@@ -132,8 +133,8 @@ pub struct DeviceHalf {
     host_memory: Option<DmaWindow>,
     limits: Limits,
     tags: Tags,
-    submission: Vec<Option<SubmissionQueue>>,
-    completion: Vec<Option<CompletionCursor>>,
+    submission: Slots<SubmissionQueue>,
+    completion: Slots<CompletionCursor>,
     controller: Controller,
     vectors: u32,
     /// Completions of commands that were never sent.
@@ -190,7 +191,6 @@ impl DeviceHalf {
             Arena::new(arena_base, MAX_QUEUE_PAIRS, limits.tags).map_err(DeviceError::Memory)?;
         let event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Memory)?);
         let events = vec![Some(event.clone()); vectors as usize];
-        let queues = usize::from(MAX_QUEUE_PAIRS) + 1;
         let mut half = Self {
             controller: Controller::new(function.clone())?,
             description: NvmeDescription {
@@ -206,8 +206,8 @@ impl DeviceHalf {
             host_memory: None,
             limits,
             tags: Tags::new(limits.tags),
-            submission: (0..queues).map(|_| None).collect(),
-            completion: (0..queues).map(|_| None).collect(),
+            submission: Slots::new(MAX_QUEUE_PAIRS + 1),
+            completion: Slots::new(MAX_QUEUE_PAIRS + 1),
             vectors,
             strays: 0,
             event,
@@ -341,8 +341,8 @@ impl DeviceHalf {
     /// The controller has stopped: nothing is at the device any more.
     fn forget_commands(&mut self) {
         self.tags.clear();
-        self.submission.fill_with(|| None);
-        self.completion.fill_with(|| None);
+        self.submission.clear();
+        self.completion.clear();
         self.batch.clear();
         self.payload.clear();
         self.remote.clear();
