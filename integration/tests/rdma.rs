@@ -263,10 +263,7 @@ fn provider_is_chosen_with_a_reason_or_refused_with_one() -> TestResult {
     server.check(Deadline::secs(30))?;
 
     let said = check(&guest, "farbus-compute-agent doctor")?;
-    assert_has(
-        &said,
-        "rxe0 port 1 (Ethernet) is up, and is reached by ",
-    );
+    assert_has(&said, "rxe0 port 1 (Ethernet) is up, and is reached by ");
     let said = guest.run("farbus-device-server doctor")?.text();
     assert_has(&said, "rxe0 port 1 (Ethernet) is ACTIVE");
     // Root may lock what it likes, others what they are given.
