@@ -31,9 +31,8 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// How long a link that is dropped waits for its last messages to arrive.
 const FAREWELL: Duration = Duration::from_millis(50);
 
-/// Looks at the completion queue, which cost next to nothing, between two at the descriptors. An event
-/// that was not taken off its channel leaves the descriptor readable: an owner that goes on looking pays
-/// for none of them, one that sleeps wakes up a few times more before it sleeps for good.
+/// Looks at the completion queue, which cost next to nothing, between two at the descriptors, while the
+/// owner goes on looking.
 const LOOKS_PER_WAIT: u32 = 32;
 
 const COMPLETIONS: u64 = 0;
@@ -59,6 +58,8 @@ pub struct VerbsLink {
     waiting: OwnedFd,
     /// The queues of which the channel will tell.
     armed: Armed,
+    /// The owner goes on looking when there is nothing.
+    looking: bool,
     /// Looks since the last message that found nothing.
     quiet: u32,
     port: u8,
@@ -127,6 +128,7 @@ impl VerbsLink {
             control,
             waiting,
             armed: Armed::default(),
+            looking: false,
             quiet: 0,
             port,
             counters: Counters::default(),
@@ -483,14 +485,9 @@ impl VerbsLink {
                 continue;
             }
             self.sends.get_mut().reap();
-            if !self.armed.received {
-                self.arm()?;
-                if self.poll()? > 0 {
-                    continue;
-                }
-            }
             self.quiet = self.quiet.wrapping_add(1);
-            if self.quiet % LOOKS_PER_WAIT == 0 && self.attend() {
+            let look_on = self.looking && self.quiet % LOOKS_PER_WAIT != 0;
+            if !look_on && !self.settle_down()? {
                 continue;
             }
             // What came before the end has been delivered by now, unless it came meanwhile.
@@ -499,6 +496,19 @@ impl VerbsLink {
             }
             if self.arrived.is_empty() {
                 return Ok(Received::Idle);
+            }
+        }
+    }
+
+    /// Makes sure that the descriptor will tell of the next message; false if one has come meanwhile.
+    fn settle_down(&mut self) -> Result<bool, FabricError> {
+        loop {
+            self.arm()?;
+            if self.poll()? > 0 {
+                return Ok(false);
+            }
+            if !self.attend() {
+                return Ok(true);
             }
         }
     }
@@ -666,6 +676,15 @@ impl Link for VerbsLink {
         let received = self.look(sink);
         self.ended.receiving = received.is_err();
         received
+    }
+
+    fn keep_looking(&mut self) {
+        self.looking = true;
+    }
+
+    fn may_wait(&mut self) -> Result<bool, FabricError> {
+        self.sends.get_mut().reap();
+        Ok(self.arrived.is_empty() && self.settle_down()? && !self.has_ended())
     }
 
     fn counters(&self) -> Counters {
