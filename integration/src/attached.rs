@@ -61,6 +61,8 @@ pub fn attach_export(address: &str, export: &str, socket: &Path) -> Result<Daemo
     Daemon::start(
         "farbus-compute-agent",
         &[
+            "--log-level",
+            "debug",
             "attach",
             "--from",
             address,
