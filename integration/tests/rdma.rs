@@ -91,14 +91,12 @@ fn provider_by_itself(kernel: Kernel) -> TestResult {
     for what in ["frames", "keys", "killed"] {
         check(&guest, &format!("farbus-verbs-check {what} {LOOPBACK}"))?;
     }
-    // The device tells of either by itself.
-    for cut in ["ip link set lo down", "rdma link del rxe0 &"] {
-        check(
-            &guest,
-            &format!("farbus-verbs-check cut {LOOPBACK} '{cut}'"),
-        )?;
-        guest.check("ip link set lo up")?;
-    }
+    // Soft RoCE cannot be removed while somebody uses it: `rdma link del` waits.
+    let cut = "ip link set lo down";
+    check(
+        &guest,
+        &format!("farbus-verbs-check cut {LOOPBACK} '{cut}'"),
+    )?;
     machine.quit()?;
     Ok(())
 }
