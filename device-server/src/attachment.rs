@@ -109,10 +109,12 @@ impl Attachment {
                 .map_err(what("watching a descriptor"))?;
         }
         let notices: Vec<Notice> = self.watch_notices(&epoll)?;
+        self.session.keep_looking();
         let mut watched = EventSet::IN;
         let mut events = [EpollEvent::default(); 4];
         loop {
-            let looking = self.transfer()? || self.waiter.looks_again();
+            let looking =
+                self.transfer()? || self.waiter.looks_again() || !self.session.may_wait()?;
             self.more |= looking;
             self.looks += 1;
             if looking && self.looks % LOOKS_PER_WAIT != 0 {

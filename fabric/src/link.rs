@@ -185,6 +185,16 @@ pub trait Link: Send {
     /// Receives at most one message into `sink`.
     fn receive(&mut self, sink: &mut dyn Sink) -> Result<Received, FabricError>;
 
+    /// The owner will go on looking instead of waiting after [`Received::Idle`], and call
+    /// [`Self::may_wait`] before it waits after all. Looking may cost less then.
+    fn keep_looking(&mut self) {}
+
+    /// Whether the descriptor will tell of what arrives from now on. If not, something has arrived
+    /// meanwhile: receive again. Only for owners that have called [`Self::keep_looking`].
+    fn may_wait(&mut self) -> Result<bool, FabricError> {
+        Ok(true)
+    }
+
     /// What was carried so far.
     fn counters(&self) -> Counters;
 }

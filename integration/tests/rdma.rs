@@ -91,6 +91,7 @@ fn provider_by_itself(kernel: Kernel) -> TestResult {
     for what in ["frames", "keys", "killed"] {
         check(&guest, &format!("farbus-verbs-check {what} {LOOPBACK}"))?;
     }
+    // Soft RoCE cannot be removed while somebody uses it: `rdma link del` waits.
     let cut = "ip link set lo down";
     check(
         &guest,

@@ -244,7 +244,13 @@ impl RemoteFunction {
         if rung {
             state.pump();
         }
-        !rung
+        // A link that fails over this is seen to in the next round, not after the sleep.
+        let mut quiet = state.session.is_none();
+        state.with_session(|_, session| {
+            quiet = session.may_wait()?;
+            Ok(())
+        });
+        !rung && quiet
     }
 
     /// When [`Self::service`] must be called at the latest, whatever happens.
@@ -260,6 +266,9 @@ impl RemoteFunction {
         let mut state = self.state();
         state.gathers_doorbells = true;
         state.half.offer_shadow_doorbells();
+        if let Some(session) = &mut state.session {
+            session.keep_looking();
+        }
     }
 
     /// Once a second: gives the peer a sign of life and asks for one, and gives up on a peer
@@ -302,6 +311,9 @@ impl RemoteFunction {
         let mut session = Session::new(claimed.link);
         for window in state.half.windows() {
             session.register(window, window.iova.0)?;
+        }
+        if state.gathers_doorbells {
+            session.keep_looking();
         }
         state.epoch = claimed.epoch;
         state.heard = 0;

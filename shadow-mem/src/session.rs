@@ -127,6 +127,16 @@ impl Session {
         self.link.is_one_sided()
     }
 
+    /// See [`Link::keep_looking`].
+    pub fn keep_looking(&mut self) {
+        self.link.keep_looking();
+    }
+
+    /// See [`Link::may_wait`].
+    pub fn may_wait(&mut self) -> Result<bool, FabricError> {
+        self.link.may_wait()
+    }
+
     /// Whether the network takes no more now.
     pub fn is_congested(&self) -> bool {
         self.link.is_congested()

@@ -103,7 +103,7 @@ fn without_a_device_tcp_is_used_and_the_reason_known() {
         let (link, choice) = server.join().unwrap().unwrap();
         assert_eq!(claimed.provider.provider, Provider::Tcp);
         assert!(
-            claimed.provider.to_string().contains("RDMA device"),
+            claimed.provider.to_string().contains("RDMA"),
             "{}",
             claimed.provider
         );

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use farbus_fabric::wire::{
     CompleteBatch, CompleteEntry, Data, Direction, Epoch, Header, Kind, Label, Message, Placement,
-    QueueId, RequestId, SubmitBatch, Tag,
+    QueueId, RdmaEndpoint, RdmaKey, RequestId, SubmitBatch, Tag,
 };
 use farbus_fuzz::{device, guest};
 use farbus_vfio::config::{BarKind, ConfigImage, MsixLayout};
@@ -136,6 +136,23 @@ fn fabric() -> Vec<Seed> {
         offset: 0x14,
         data: Data::new(&[1, 0, 0x46, 0]).expect("short"),
     };
+    let endpoint = RdmaEndpoint {
+        gid: [1; 16],
+        lid: 0,
+        mtu: 1024,
+        queue_pair: 17,
+        first_packet: 7,
+        ring_address: 0x1000,
+        ring_len: RdmaEndpoint::MIN_RING,
+        ring_key: 5,
+        slots: RdmaEndpoint::MIN_SLOTS,
+    };
+    let key = RdmaKey {
+        address: 0x1000,
+        len: 0x1000,
+        key: 3,
+        alive: true,
+    };
     let ping = Message::Ping { nonce: 9 };
     let reset = Message::Reset {
         request: RequestId(1),
@@ -146,6 +163,16 @@ fn fabric() -> Vec<Seed> {
     };
     vec![
         ("hello", [vec![set_up], plain(&hello, 0)].concat()),
+        (
+            "rdma",
+            [
+                vec![to_device],
+                plain(&Message::RdmaOffer(endpoint), EPOCH),
+                plain(&Message::RdmaChoice(Ok(())), EPOCH),
+                plain(&Message::RdmaKeys(vec![key; 2]), EPOCH),
+            ]
+            .concat(),
+        ),
         (
             "submit",
             [

@@ -26,5 +26,6 @@ mod guest_life;
 mod guest_queues;
 mod host_memory;
 mod landing;
+mod one_sided;
 mod opcodes;
 mod rebuild;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use farbus_fabric::wire::{
     Complete, CompleteEntry, Data, Epoch, Header, Kind, Message, Placement, Submit,
 };
-use farbus_fabric::{Counters, FabricError, Frame, Link, Received, Sink, Span};
+use farbus_fabric::{Counters, FabricError, Frame, Link, Received, RemoteSpan, Sink, Span};
 use farbus_shadow_mem::session::Session;
 use farbus_vfio::nvme::{SubmissionEntry, reg};
 use vm_memory::MmapRegion;
@@ -31,6 +31,10 @@ pub(crate) enum Sent {
 struct State {
     sent: Vec<Sent>,
     is_congested: bool,
+    is_one_sided: bool,
+    /// Where payloads went, and where commands want theirs.
+    remote: Vec<RemoteSpan>,
+    segments: Vec<RemoteSpan>,
 }
 
 /// What a test holds of a recording link.
@@ -50,6 +54,21 @@ impl Wire {
 
     pub(crate) fn set_congested(&self, is_congested: bool) {
         self.0.lock().unwrap().is_congested = is_congested;
+    }
+
+    /// From now on the link is one whose sides write into each other's memory.
+    pub(crate) fn set_one_sided(&self) {
+        self.0.lock().unwrap().is_one_sided = true;
+    }
+
+    /// Takes where payloads were written to since the last call.
+    pub(crate) fn take_remote(&self) -> Vec<RemoteSpan> {
+        std::mem::take(&mut self.0.lock().unwrap().remote)
+    }
+
+    /// Takes where the commands sent since the last call want their data.
+    pub(crate) fn take_segments(&self) -> Vec<RemoteSpan> {
+        std::mem::take(&mut self.0.lock().unwrap().segments)
     }
 
     /// Takes everything that was sent since the last call.
@@ -97,7 +116,7 @@ impl Link for RecordingLink {
     }
 
     fn is_one_sided(&self) -> bool {
-        false
+        self.wire.0.lock().unwrap().is_one_sided
     }
 
     fn set_epoch(&mut self, _: Epoch) {}
@@ -114,10 +133,17 @@ impl Link for RecordingLink {
     }
 
     fn send(&mut self, frame: &Frame<'_>) -> Result<(), FabricError> {
-        let sent = &mut self.wire.0.lock().unwrap().sent;
+        let state = &mut *self.wire.0.lock().unwrap();
+        let total: usize = frame.payload.iter().map(|span| span.len).sum();
+        let named: u32 = frame.remote.iter().map(|span| span.len).sum();
+        assert_eq!(if state.is_one_sided { total } else { 0 }, named as usize);
+        state.remote.extend(frame.remote);
+        let sent = &mut state.sent;
         match frame.header.kind {
             Kind::Submit => {
                 let batch = Submit::decode(&frame.header, frame.control)?;
+                let segments = batch.entries().flat_map(|entry| entry.segments);
+                state.segments.extend(segments);
                 sent.extend(batch.entries().map(|entry| {
                     Sent::Submit(Submitted {
                         placement: entry.placement,
