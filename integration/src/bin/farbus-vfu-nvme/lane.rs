@@ -3,7 +3,7 @@
 
 use anyhow::ensure;
 use farbus_vfio::driver::{DmaBuffer, Prps};
-use farbus_vfio::nvme::{CompletionEntry, PAGE_SIZE, Status, SubmissionEntry};
+use farbus_vfio::nvme::{CompletionEntry, PAGE_SIZE, Status, SubmissionEntry, cap, reg};
 
 use crate::target::Driver;
 
@@ -27,10 +27,16 @@ pub(crate) struct Lane {
 
 /// DMA memory (bytes) that a lane takes.
 pub(crate) fn memory_of(depth: u16, len: usize) -> usize {
-    let rings = 2 * PAGE_SIZE + (usize::from(depth) + 1) * 80;
+    let rings = 2 * PAGE_SIZE + usize::from(entries(depth)) * 80;
     // Each buffer may need a page for its PRP list.
     let buffers = usize::from(depth) * (len.next_multiple_of(PAGE_SIZE) + PAGE_SIZE);
     rings.next_multiple_of(PAGE_SIZE) + buffers
+}
+
+/// Entries of a queue for this depth: one more than it holds, and no fewer than a guest's driver
+/// would have, since the ends of a ring cost doorbells of their own.
+fn entries(depth: u16) -> u16 {
+    depth.saturating_add(1).max(256)
 }
 
 impl Lane {
@@ -43,8 +49,9 @@ impl Lane {
     ) -> anyhow::Result<Self> {
         let vectors = driver.function().info().interrupts.msix.max(1);
         let vector = u32::from(queue) % vectors;
-        // A queue holds one command less than it has entries.
-        let entries = depth + 1;
+        let most = (driver.read64(reg::CAP)? & cap::MQES_MASK) + 1;
+        // A depth that the controller does not have is its own to refuse.
+        let entries = entries(depth).min((most as u16).max(depth + 1));
         driver.create_queue_pair(queue, entries, Some(vector as u16))?;
         let slots = (0..depth)
             .map(|_| {
