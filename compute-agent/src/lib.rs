@@ -12,4 +12,5 @@ pub mod cli;
 pub mod guest_memory;
 pub mod reconnect;
 pub mod vfio_user;
+pub mod vhost_user;
 pub mod worker;

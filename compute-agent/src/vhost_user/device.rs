@@ -1,0 +1,546 @@
+//! The device that a VMM sees: its queues, its memory, its drive, and what each message of the VMM
+//! does to them.
+//!
+//! Nothing here waits. What needs the drive goes on in [`Device::work`], which the event loop calls
+//! whenever something may have happened.
+
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use farbus_vfio::Function;
+use farbus_vfio::driver::DriverError;
+use log::{info, warn};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::config::{self, Options, WRITEBACK_AT};
+use super::drive::{BounceId, Drive, Shape};
+use super::inflight::{self, Inflight};
+use super::memory::{MAX_REGIONS, Memory};
+use super::notifier::Notifier;
+use super::ring::{Ring, of_token};
+use super::vring::{Addresses, Vring};
+use super::work::Context;
+
+/// How often the queues are gone through before other work has its turn.
+const ROUNDS: usize = 4;
+
+/// A descriptor that the event loop is to watch, or to forget.
+pub enum Change {
+    /// The kick of this queue is new.
+    New(u16),
+    /// This one is no longer in use. It is open until the event loop has forgotten it.
+    Gone(Notifier),
+}
+
+/// What came of [`Device::work`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Worked {
+    /// There may be more to do at once.
+    pub more: bool,
+    /// The configuration space has changed.
+    pub changed: bool,
+}
+
+/// What requests are judged by: a borrow of some fields, so that others can be changed.
+macro_rules! context {
+    ($device:expr) => {{
+        let flush = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE;
+        Context {
+            guest: $device.memory.guest(),
+            shape: &$device.shape,
+            read_only: $device.options.read_only,
+            // A driver that knows neither flushes nor modes counts on durable writes
+            // (virtio 1.2 §5.2.6.2).
+            write_through: !$device.writeback || $device.acked & flush == 0,
+            serial: &$device.serial,
+        }
+    }};
+}
+
+/// See the module's own description.
+pub struct Device {
+    options: Options,
+    serial: String,
+    shape: Shape,
+    drive: Option<Drive>,
+    memory: Memory,
+    lost: Arc<EventFd>,
+    peer: Option<u32>,
+    acked: u64,
+    protocol: u64,
+    writeback: bool,
+    vrings: Vec<Vring>,
+    inflight: Option<Inflight>,
+    /// Commands of a client that is gone are at the drive: until they are done, nothing of the
+    /// next client's begins, so that what was left half done is not done after its repetition.
+    fenced: bool,
+    stale_bounces: Vec<BounceId>,
+    changes: Vec<Change>,
+}
+
+impl Device {
+    /// A device in front of a drive. `lost` is signalled when a VMM truncates memory under it.
+    pub fn new(function: Arc<dyn Function>, drive: Drive, options: Options, lost: Arc<EventFd>) -> Self {
+        let shape = drive.shape().clone();
+        let serial = options.serial.clone().unwrap_or(shape.serial.clone());
+        Self {
+            vrings: (0..options.num_queues).map(|_| Vring::default()).collect(),
+            options,
+            serial,
+            shape,
+            drive: Some(drive),
+            memory: Memory::new(function, lost.clone()),
+            lost,
+            peer: None,
+            acked: 0,
+            protocol: 0,
+            writeback: true,
+            inflight: None,
+            fenced: false,
+            stale_bounces: Vec::new(),
+            changes: Vec::new(),
+        }
+    }
+
+    /// What the event loop is to watch, or to forget, since the last call.
+    pub fn changes(&mut self) -> Vec<Change> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// The kick of a queue.
+    pub fn kick(&self, index: u16) -> Option<&Notifier> {
+        self.vrings.get(usize::from(index))?.kick.as_ref()
+    }
+
+    /// The guest says that a queue has something.
+    pub fn kicked(&mut self, index: u16) {
+        if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
+            if let Some(kick) = &vring.kick {
+                kick.drain();
+            }
+            vring.kicked = true;
+        }
+    }
+
+    /// Whether memory of the VMM's was truncated under this process.
+    pub fn memory_lost(&self) -> bool {
+        self.memory.lost() || self.inflight.as_ref().is_some_and(Inflight::lost)
+    }
+
+    /// Whether replies to messages are agreed on.
+    pub fn has_protocol(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol & feature.bits() != 0
+    }
+
+    /// A queue is to stop: nothing new is taken. Whether everything of it is answered.
+    pub fn quiesce(&mut self, index: u32) -> bool {
+        match self.vrings.get_mut(index as usize) {
+            Some(vring) => {
+                vring.draining = true;
+                vring.outstanding() == 0
+            }
+            None => true,
+        }
+    }
+
+    /// A client has connected: the process `peer`.
+    pub fn open(&mut self, peer: Option<u32>) {
+        self.peer = peer;
+    }
+
+    /// The client is gone: nothing of the drive's reaches its memory any more.
+    pub fn close(&mut self) {
+        for vring in &mut self.vrings {
+            let gone = std::mem::take(vring);
+            self.stale_bounces
+                .extend(gone.ring.iter().flat_map(Ring::bounces));
+            self.changes.extend(gone.kick.map(Change::Gone));
+        }
+        if let Err(error) = self.memory.clear() {
+            warn!("memory of the VMM could not be given back: {error}");
+        }
+        self.inflight = None;
+        (self.acked, self.protocol, self.peer) = (0, 0, None);
+        self.writeback = true;
+        self.fenced = true;
+    }
+
+    /// The drive came up again after it had failed: what was under way begins anew.
+    pub fn drive_is_back(&mut self, drive: Drive) -> bool {
+        let changed = self.shape != *drive.shape();
+        self.shape = drive.shape().clone();
+        self.drive = Some(drive);
+        (self.fenced, self.stale_bounces) = (false, Vec::new());
+        let context = context!(self);
+        for ring in self.vrings.iter_mut().filter_map(|v| v.ring.as_mut()) {
+            ring.restart(&context);
+        }
+        changed
+    }
+
+    /// The drive, if it has failed: it is to be shut and brought up again.
+    pub fn failed_drive(&mut self) -> Option<Drive> {
+        if self.drive.as_ref().is_some_and(Drive::has_failed) {
+            return self.drive.take();
+        }
+        None
+    }
+
+    /// Takes the drive away, for the end.
+    pub fn take_drive(&mut self) -> Option<Drive> {
+        self.drive.take()
+    }
+
+    /// The link to the drive has been made anew: it may have another size.
+    pub fn look_again(&mut self) -> std::result::Result<(), DriverError> {
+        self.drive.as_mut().map_or(Ok(()), Drive::look_again)
+    }
+
+    /// Does what can be done: takes requests, submits commands, answers.
+    pub fn work(&mut self) -> std::result::Result<Worked, DriverError> {
+        let Some(drive) = &mut self.drive else {
+            return Ok(Worked::default());
+        };
+        let changed = drive.listen()?;
+        if changed {
+            self.shape = drive.shape().clone();
+        }
+        if self.fenced {
+            while drive.poll()?.is_some() {}
+            if drive.in_flight() > 0 {
+                return Ok(Worked {
+                    more: false,
+                    changed,
+                });
+            }
+            self.fenced = false;
+            for id in self.stale_bounces.drain(..) {
+                drive.free_bounce(id);
+            }
+        }
+        self.start_rings();
+        let mut more = true;
+        for _ in 0..ROUNDS {
+            more = self.round()?;
+            if !more {
+                break;
+            }
+        }
+        for vring in &mut self.vrings {
+            vring.tell(self.memory.guest());
+        }
+        Ok(Worked { more, changed })
+    }
+
+    fn round(&mut self) -> std::result::Result<bool, DriverError> {
+        let implied = self.acked & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
+        let context = context!(self);
+        let Some(drive) = &mut self.drive else {
+            return Ok(false);
+        };
+        let mut any = false;
+        for vring in &mut self.vrings {
+            let takes = (vring.enabled || implied) && !vring.draining;
+            let Some(ring) = &mut vring.ring else {
+                continue;
+            };
+            if takes && (vring.kicked || vring.kick.is_none()) {
+                vring.kicked = ring.take(&context);
+                any |= vring.kicked;
+            }
+            any |= ring.advance(&context, drive)?;
+        }
+        drive.ring()?;
+        while let Some(done) = drive.poll()? {
+            any = true;
+            let (index, head, bounced) = of_token(done.token);
+            let ring = self.vrings.get_mut(usize::from(index));
+            if let Some(ring) = ring.and_then(|vring| vring.ring.as_mut()) {
+                ring.completed(head, bounced, &done, context.guest, drive)?;
+            }
+        }
+        Ok(any)
+    }
+
+    fn start_rings(&mut self) {
+        let event_idx = self.acked >> VIRTIO_RING_F_EVENT_IDX & 1 == 1;
+        let implied = self.acked & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
+        let context = context!(self);
+        for (index, vring) in (0u16..).zip(&mut self.vrings) {
+            if !vring.started || vring.ring.is_some() || !(vring.enabled || implied) {
+                continue;
+            }
+            let inflight = self.inflight.as_ref();
+            if let Err(error) = vring.start(index, event_idx, &self.memory, inflight, &context) {
+                warn!("virtqueue {index} cannot be started: {error}");
+                vring.started = false;
+                if let Some(told) = &vring.error {
+                    told.signal();
+                }
+            }
+        }
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring> {
+        self.vrings
+            .get_mut(index as usize)
+            .ok_or(Error::InvalidParam)
+    }
+
+    /// A queue whose form can be changed: one that is not at work.
+    fn idle(&mut self, index: u32) -> Result<&mut Vring> {
+        let vring = self.vring(index)?;
+        if vring.ring.is_some() {
+            return Err(Error::InvalidOperation("the queue is at work"));
+        }
+        Ok(vring)
+    }
+
+    fn features(&self) -> u64 {
+        config::features(&self.shape, &self.options)
+    }
+}
+
+fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::ReqHandlerError(io::Error::other(error))
+}
+
+fn notifier(file: Option<File>) -> Result<Option<Notifier>> {
+    let made = file.map(Notifier::new).transpose();
+    made.map_err(|errno| Error::ReqHandlerError(errno.into()))
+}
+
+impl VhostUserBackendReqHandlerMut for Device {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // Withdrawn by the specification, which lets a backend ignore it.
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("a reset by message is not offered"))
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.features() != 0 {
+            return Err(Error::InvalidParam);
+        }
+        self.acked = features;
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        self.memory
+            .replace(regions, files, self.peer)
+            .map_err(refused)?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let most = self.options.queue_size;
+        let size = u16::try_from(num).ok();
+        let size = size.filter(|size| size.is_power_of_two() && *size <= most);
+        self.idle(index)?.size = size.ok_or(Error::InvalidParam)?;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptors: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        // A VMM says so again to switch the dirty log, which is not offered; the ring stays.
+        self.vring(index)?.addresses = Some(Addresses {
+            descriptors,
+            available,
+            used,
+        });
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        self.idle(index)?.base = base;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let vring = self.vring(index)?;
+        let base = vring.stop();
+        Ok(VhostUserVringState::new(index, base.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let kick = notifier(fd)?;
+        let vring = self.vring(index.into())?;
+        let gone = std::mem::replace(&mut vring.kick, kick);
+        let is_new = vring.kick.is_some();
+        vring.started = true;
+        self.changes.extend(gone.map(Change::Gone));
+        if is_new {
+            self.changes.push(Change::New(index.into()));
+        }
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let call = notifier(fd)?;
+        self.vring(index.into())?.call = call;
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let error = notifier(fd)?;
+        self.vring(index.into())?.error = error;
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let offered = self.get_protocol_features()?;
+        if features & !offered.bits() != 0 {
+            return Err(Error::InvalidParam);
+        }
+        self.protocol = features;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.options.num_queues.into())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let vring = self.vring(index)?;
+        vring.enabled = enable;
+        vring.kicked = true;
+        Ok(())
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        let space = config::space(&self.shape, &self.options, self.writeback);
+        // What a later version of the structure has beyond this one reads as zero.
+        let bytes = space.iter().copied().chain(std::iter::repeat(0));
+        Ok(bytes.skip(offset as usize).take(size as usize).collect())
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let at = WRITEBACK_AT.checked_sub(offset as usize);
+        if let Some(writeback) = at.and_then(|at| bytes.get(at)) {
+            self.writeback = *writeback != 0;
+            info!(
+                "the guest's writes are durable {}",
+                if self.writeback { "after a flush" } else { "at once" }
+            );
+        }
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _backend: GpuBackend) -> Result<()> {
+        Err(Error::InvalidOperation("this is no GPU"))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidOperation("there are no shared objects"))
+    }
+
+    fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (asked.num_queues, asked.queue_size);
+        if queues > self.options.num_queues || size > self.options.queue_size {
+            return Err(Error::InvalidParam);
+        }
+        let (file, len) = inflight::create(queues, size).map_err(Error::ReqHandlerError)?;
+        Ok((VhostUserInflight::new(len, 0, queues, size), file))
+    }
+
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let (queues, size) = (given.num_queues, given.queue_size);
+        if self.vrings.iter().any(|vring| vring.ring.is_some()) {
+            return Err(Error::InvalidOperation("queues are at work"));
+        }
+        let (offset, len) = (given.mmap_offset, given.mmap_size);
+        let mapped = Inflight::map(file, offset, len, queues, size, &self.lost);
+        self.inflight = Some(mapped.map_err(Error::ReqHandlerError)?);
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        self.memory.add(region, file, self.peer).map_err(refused)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.memory.remove(region).map_err(refused)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidOperation("there is no device state to move"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("there is no device state to move"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("there is no shared memory"))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("dirty pages are not logged"))
+    }
+}
