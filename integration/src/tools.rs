@@ -3,6 +3,7 @@
 //! All of it comes from Debian packages and is kept in the [`cache`](crate::cache); once it is
 //! there, no network is needed.
 
+pub mod clients;
 pub mod cpio;
 pub mod firmware;
 pub mod image;

@@ -218,7 +218,11 @@ impl Channel {
             for word in [next.request, VERSION | REPLY, 8, 0, 0] {
                 reply.extend(word.to_ne_bytes());
             }
-            send(&self.stream, &reply, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?;
+            send(
+                &self.stream,
+                &reply,
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            )?;
         }
         Ok(())
     }

@@ -13,13 +13,13 @@ use std::sync::Arc;
 use farbus_vfio::Function;
 use farbus_vfio::driver::DriverError;
 use log::{info, warn};
+use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
     VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -93,7 +93,12 @@ pub struct Device {
 
 impl Device {
     /// A device in front of a drive. `lost` is signalled when a VMM truncates memory under it.
-    pub fn new(function: Arc<dyn Function>, drive: Drive, options: Options, lost: Arc<EventFd>) -> Self {
+    pub fn new(
+        function: Arc<dyn Function>,
+        drive: Drive,
+        options: Options,
+        lost: Arc<EventFd>,
+    ) -> Self {
         let shape = drive.shape().clone();
         let serial = options.serial.clone().unwrap_or(shape.serial.clone());
         Self {
@@ -465,13 +470,22 @@ impl VhostUserBackendReqHandlerMut for Device {
         Ok(bytes.skip(offset as usize).take(size as usize).collect())
     }
 
-    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+    fn set_config(
+        &mut self,
+        offset: u32,
+        bytes: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> Result<()> {
         let at = WRITEBACK_AT.checked_sub(offset as usize);
         if let Some(writeback) = at.and_then(|at| bytes.get(at)) {
             self.writeback = *writeback != 0;
             info!(
                 "the guest's writes are durable {}",
-                if self.writeback { "after a flush" } else { "at once" }
+                if self.writeback {
+                    "after a flush"
+                } else {
+                    "at once"
+                }
             );
         }
         Ok(())

@@ -93,12 +93,13 @@ impl Inflight {
         if file.metadata()?.len() < end {
             return Err(invalid("its file is shorter than it should be"));
         }
-        let memory = MmapRegion::from_file(FileOffset::new(file, 0), end as usize).map_err(
-            |error| match error {
-                MmapRegionError::Mmap(source) => source,
-                other => io::Error::other(other),
-            },
-        )?;
+        let memory =
+            MmapRegion::from_file(FileOffset::new(file, 0), end as usize).map_err(|error| {
+                match error {
+                    MmapRegionError::Mmap(source) => source,
+                    other => io::Error::other(other),
+                }
+            })?;
         let memory = Arc::new(memory);
         Ok(Self {
             guard: sigbus::Guard::new(&memory, 4096, lost)?,

@@ -219,7 +219,7 @@ impl Memory {
         if end.is_none_or(|end| end > PRIVATE_IOVA.0) {
             return Err(RegionError::TooHigh(identity.address));
         }
-        let prepared = self.mapped.prepare(
+        let prepared = self.mapped.prepare_unaligned(
             MapRequest {
                 iova: Iova(identity.address),
                 size: identity.size,

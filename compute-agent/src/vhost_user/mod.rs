@@ -5,7 +5,7 @@
 //! link are the same as for vfio-user: no data is copied on this side but what PRPs cannot name
 //! ([`pieces`]).
 //!
-//! - [`worker`]: the event loop.
+//! - [`worker`]: the event loop; [`socket`]: where VMMs come from.
 //! - [`channel`], [`device`]: the VMM's messages, and what they do; [`config`], [`memory`],
 //!   [`notifier`], [`vring`]: what they set up.
 //! - [`ring`], [`chain`], [`request`], [`work`], [`pieces`]: from the available ring to commands of
@@ -14,6 +14,7 @@
 
 pub mod chain;
 pub mod channel;
+pub mod cli;
 pub mod config;
 pub mod device;
 pub mod drive;
@@ -23,5 +24,7 @@ pub mod notifier;
 pub mod pieces;
 pub mod request;
 pub mod ring;
+pub mod socket;
 pub mod vring;
 pub mod work;
+pub mod worker;

@@ -194,7 +194,10 @@ mod tests {
 
     #[test]
     fn pages_that_follow_each_other_in_a_request_are_one_command() {
-        let whole = piece(&[(0x1200, 0xe00), (0x9000, 0x1000), (0x4000, 0x200)], LIMITS);
+        let whole = piece(
+            &[(0x1200, 0xe00), (0x9000, 0x1000), (0x4000, 0x200)],
+            LIMITS,
+        );
         assert_eq!(
             whole,
             Piece {

@@ -137,7 +137,11 @@ impl Ring {
         self.queue.disable_notification(guest)?;
         // A driver that is faster than this loop has its next turn later.
         for _ in 0..self.requests.len() {
-            let next = self.queue.iter(guest)?.next().map(|chain| chain.head_index());
+            let next = self
+                .queue
+                .iter(guest)?
+                .next()
+                .map(|chain| chain.head_index());
             let Some(head) = next else {
                 if !self.queue.enable_notification(guest)? {
                     return Ok(false);
