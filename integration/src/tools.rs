@@ -19,6 +19,7 @@ pub mod tree;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use self::clients::BlockClients;
 use self::firmware::Firmware;
 use self::initramfs::Userland;
 use self::kernel::{Kernel, KernelFiles};
@@ -50,6 +51,7 @@ pub struct Tools {
     cache: Cache,
     tree: Tree,
     qemu: OnceLock<Qemu>,
+    old_qemu: OnceLock<Qemu>,
 }
 
 impl Tools {
@@ -69,6 +71,7 @@ impl Tools {
             cache,
             tree: Tree::at(entry),
             qemu: OnceLock::new(),
+            old_qemu: OnceLock::new(),
         })
     }
 
@@ -82,6 +85,18 @@ impl Tools {
         }
         let qemu = Qemu::obtain(&self.cache)?;
         Ok(self.qemu.get_or_init(|| qemu))
+    }
+
+    /// Debian 12's QEMU, 7.2, for what has to work with it.
+    ///
+    /// # Errors
+    /// When it is neither cached nor reachable.
+    pub fn old_qemu(&self) -> Result<&Qemu> {
+        if let Some(qemu) = self.old_qemu.get() {
+            return Ok(qemu);
+        }
+        let qemu = Qemu::of_debian_12(&self.cache)?;
+        Ok(self.old_qemu.get_or_init(|| qemu))
     }
 
     /// A guest kernel.
@@ -114,6 +129,8 @@ impl Tools {
     /// When something is neither cached nor reachable.
     pub fn prepare(&self, kernels: &[Kernel], userlands: &[Userland]) -> Result<bool> {
         self.qemu()?;
+        self.old_qemu()?;
+        BlockClients::obtain()?;
         for kernel in kernels {
             let files = self.kernel(*kernel)?;
             for userland in userlands {
