@@ -146,7 +146,7 @@ impl Order {
             (Source::Pci { address, .. }, None) => address_name(*address),
             (Source::SoftNvme(config), None) => {
                 return Err(OrderError::NoName {
-                    what: format!("the software drive {}", config.path.display()),
+                    what: format!("the software drive {}", config.medium),
                 });
             }
             (Source::VfioUser(path), None) => {

@@ -59,14 +59,25 @@ fn round(driver: &mut NvmeDriver<SoftNvme>, commands: &[SubmissionEntry]) {
     }
 }
 
+/// One test, since the count is of the whole process.
 #[test]
 fn io_commands_allocate_nothing() {
     let directory = TempDir::new().unwrap();
-    let config = SoftNvmeConfig {
+    let on_file = SoftNvmeConfig {
         size: Some(8 << 20),
         ..SoftNvmeConfig::new(directory.as_path().join("disk.img"))
     };
-    let function = Arc::new(SoftNvme::open(&config).unwrap());
+    for config in [
+        on_file,
+        SoftNvmeConfig::memory(8 << 20),
+        SoftNvmeConfig::null(8 << 20),
+    ] {
+        allocate_nothing(&config);
+    }
+}
+
+fn allocate_nothing(config: &SoftNvmeConfig) {
+    let function = Arc::new(SoftNvme::open(config).unwrap());
     let mut driver = NvmeDriver::new(function, DriverConfig::default()).unwrap();
     driver.enable().unwrap();
     driver.create_queue_pair(1, 256, Some(1)).unwrap();
@@ -112,7 +123,8 @@ fn io_commands_allocate_nothing() {
     assert_eq!(
         allocations,
         0,
-        "{allocations} allocations in {} commands",
-        80 * commands.len()
+        "{allocations} allocations in {} commands on {}",
+        80 * commands.len(),
+        config.medium
     );
 }

@@ -44,7 +44,9 @@ pub(super) struct ExportArgs {
     sriov: Vec<Named<SriovSpec>>,
     /// A software NVMe drive on a file or block device:
     /// `path=PATH[,size=SIZE][,block-size=512|4096][,serial=TEXT][,name=NAME]`. With size= a missing
-    /// file is made; an existing one is never shrunk or overwritten. May be given several times.
+    /// file is made; an existing one is never shrunk or overwritten. With backing=memory,size=SIZE
+    /// instead of path= it is gone at the end; backing=null holds nothing, for measurements.
+    /// May be given several times.
     #[arg(long, value_name = "SPEC")]
     soft_nvme: Vec<SoftNvmeSpec>,
     /// A device that another program emulates behind a vfio-user socket: path=SOCKET[,name=NAME].

@@ -4,6 +4,7 @@
 
 use super::memory::DmaBuffer;
 use super::queue::QueuePair;
+use super::shadow::ShadowDoorbells;
 use super::{DriverError, NvmeDriver, pages};
 use crate::function::Function;
 use crate::nvme::{PAGE_SIZE, SubmissionEntry, admin, cns, feature, nvm};
@@ -12,6 +13,11 @@ use crate::nvme::{PAGE_SIZE, SubmissionEntry, admin, cns, feature, nvm};
 const NSID: u32 = 1;
 /// The namespace id that means all namespaces.
 const ALL_NAMESPACES: u32 = 0xffff_ffff;
+
+/// Identify Controller: Optional Admin Command Support, bytes, and its bit 8: the command Doorbell
+/// Buffer Config (NVMe 1.4 §5.15.2.2).
+const OACS: usize = 256;
+const DOORBELL_BUFFER: u16 = 1 << 8;
 
 /// What Identify says about a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,6 +210,33 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
             .min(0xffff) as u16)
     }
 
+    /// Agrees on doorbells in memory with a controller that offers them (Identify Controller,
+    /// OACS bit 8), for the I/O queues that are created afterwards; returns whether it does.
+    pub fn use_shadow_doorbells(&mut self) -> Result<bool, DriverError> {
+        let page = self.identify(cns::CONTROLLER, 0)?;
+        let oacs = page.get(OACS..).and_then(|bytes| bytes.first_chunk());
+        let offered = oacs.is_some_and(|bytes| u16::from_le_bytes(*bytes) & DOORBELL_BUFFER != 0);
+        if !offered || self.shadow.is_some() {
+            return Ok(offered);
+        }
+        let shadow = ShadowDoorbells::new(&mut self.memory)?;
+        let (values, events) = shadow.iovas();
+        let mut command = SubmissionEntry::new(admin::DOORBELL_BUFFER);
+        command.set_prps(values, events);
+        match self.command(0, command) {
+            Ok(_) => {
+                self.shadow = Some(shadow);
+                Ok(true)
+            }
+            // It may still write there.
+            Err(error @ DriverError::Timeout { .. }) => Err(error),
+            Err(error) => {
+                shadow.free(&mut self.memory);
+                Err(error)
+            }
+        }
+    }
+
     /// Creates a completion queue and a submission queue with the same id and size, with an
     /// interrupt or without.
     pub fn create_queue_pair(
@@ -214,6 +247,11 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
     ) -> Result<(), DriverError> {
         if self.queues.contains_key(&id) || entries < 2 {
             return Err(DriverError::NoQueue(id));
+        }
+        if let Some(shadow) = &self.shadow {
+            for index in [usize::from(id) * 2, usize::from(id) * 2 + 1] {
+                shadow.clear(&self.memory, index * self.doorbell_stride as usize)?;
+            }
         }
         let pair = QueuePair::new(&mut self.memory, id, entries, vector)?;
         let created = self.create_both(&pair, id, entries, vector);

@@ -31,6 +31,14 @@ impl DmaBuffer {
     pub fn size(&self) -> usize {
         self.size
     }
+
+    fn no_room(self, at: usize, len: usize) -> DriverError {
+        DriverError::OutOfBounds {
+            at,
+            len,
+            size: self.size,
+        }
+    }
 }
 
 /// Memory that a function reads and writes.
@@ -119,15 +127,29 @@ impl DmaMemory {
     /// by loads after this one.
     pub(super) fn load(&self, buffer: DmaBuffer, at: usize) -> Result<u64, DriverError> {
         let slice = self.slice(buffer, at, 8)?;
-        let quadword: u64 =
-            slice
-                .load(0, Ordering::Acquire)
-                .map_err(|_| DriverError::OutOfBounds {
-                    at,
-                    len: 8,
-                    size: buffer.size,
-                })?;
+        let quadword: u64 = slice
+            .load(0, Ordering::Acquire)
+            .map_err(|_| buffer.no_room(at, 8))?;
         Ok(u64::from_le(quadword))
+    }
+
+    /// Loads a little-endian doubleword at a multiple of 4.
+    pub(super) fn load32(&self, buffer: DmaBuffer, at: usize) -> Result<u32, DriverError> {
+        let slice = self.slice(buffer, at, 4)?;
+        let value = slice.load(0, Ordering::Acquire);
+        value.map(u32::from_le).map_err(|_| buffer.no_room(at, 4))
+    }
+
+    /// Stores a little-endian doubleword at a multiple of 4, after everything before it.
+    pub(super) fn store32(
+        &self,
+        buffer: DmaBuffer,
+        at: usize,
+        value: u32,
+    ) -> Result<(), DriverError> {
+        let slice = self.slice(buffer, at, 4)?;
+        let stored = slice.store(value.to_le(), 0, Ordering::Release);
+        stored.map_err(|_| buffer.no_room(at, 4))
     }
 
     fn slice(
@@ -136,11 +158,7 @@ impl DmaMemory {
         at: usize,
         len: usize,
     ) -> Result<VolatileSlice<'_>, DriverError> {
-        let error = DriverError::OutOfBounds {
-            at,
-            len,
-            size: buffer.size,
-        };
+        let error = buffer.no_room(at, len);
         if at.checked_add(len).is_none_or(|end| end > buffer.size) {
             return Err(error);
         }

@@ -5,7 +5,7 @@
 //! function no more than it has to; whatever the function does, calls end with an error at
 //! worst.
 //!
-//! `memory` is the DMA memory, `queue` the rings, `commands` has the common commands as
+//! `memory` is the DMA memory, `queue` the rings, `shadow` the doorbells in memory, `commands` has the common commands as
 //! methods, and this file the controller's registers and the way of one command.
 
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ mod commands;
 mod error;
 mod memory;
 mod queue;
+mod shadow;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -27,6 +28,7 @@ pub use commands::{NamespaceShape, Prps, block_command};
 pub use error::DriverError;
 pub use memory::{DmaBuffer, DmaMemory};
 use queue::QueuePair;
+use shadow::ShadowDoorbells;
 
 use crate::function::{Function, InterruptKind, Iova, RegionIndex};
 use crate::nvme::{CompletionEntry, DOORBELL_BASE, PAGE_SIZE, SubmissionEntry, cap, cc, csts, reg};
@@ -71,6 +73,10 @@ pub struct NvmeDriver<F: Function + ?Sized> {
     queues: BTreeMap<u16, QueuePair>,
     events: Vec<Arc<EventFd>>,
     doorbell_stride: u64,
+    /// Doorbells in memory, of the I/O queues.
+    shadow: Option<ShadowDoorbells>,
+    /// Doorbell registers written for I/O queues since the controller was enabled.
+    rung: u64,
 }
 
 impl<F: Function + ?Sized> NvmeDriver<F> {
@@ -102,6 +108,8 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
             queues: BTreeMap::new(),
             events,
             doorbell_stride: 4,
+            shadow: None,
+            rung: 0,
         };
         let capabilities = driver.read64(reg::CAP)?;
         driver.doorbell_stride = 4 << ((capabilities & cap::DSTRD_MASK) >> cap::DSTRD_SHIFT);
@@ -199,10 +207,19 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
         while self.read32(reg::CSTS)? & csts::RDY != 0 {
             deadline.pause("disabling the controller")?;
         }
+        self.forget_queues();
+        Ok(())
+    }
+
+    /// What a reset of the controller does to our side of it.
+    fn forget_queues(&mut self) {
         for pair in std::mem::take(&mut self.queues).into_values() {
             pair.free(&mut self.memory);
         }
-        Ok(())
+        if let Some(shadow) = self.shadow.take() {
+            shadow.free(&mut self.memory);
+        }
+        self.rung = 0;
     }
 
     /// Shuts the controller down in order (NVMe 1.4 §7.6.2). It has to be enabled anew.
@@ -231,12 +248,56 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
     /// given.
     pub fn submit(&mut self, queue: u16, command: SubmissionEntry) -> Result<u16, DriverError> {
         let cid = self.enqueue(queue, command)?;
-        let tail = self.pair(queue)?.tail();
-        self.ring_sq(queue, u32::from(tail))?;
+        self.ring(queue)?;
         Ok(cid)
     }
 
-    /// As [`Self::submit`], without the doorbell.
+    /// Lets the controller know of all commands that were enqueued, with one doorbell, or none
+    /// if it needs none.
+    pub fn ring(&mut self, queue: u16) -> Result<(), DriverError> {
+        let pair = self
+            .queues
+            .get_mut(&queue)
+            .ok_or(DriverError::NoQueue(queue))?;
+        let tail = pair.tail();
+        let old = std::mem::replace(&mut pair.told().tail, tail);
+        self.tell(u64::from(queue) * 2, old, tail)
+    }
+
+    /// Gives the entries of all completions back that were taken, with one doorbell at most.
+    fn ring_head(&mut self, queue: u16) -> Result<(), DriverError> {
+        let pair = self
+            .queues
+            .get_mut(&queue)
+            .ok_or(DriverError::NoQueue(queue))?;
+        let head = pair.head();
+        let old = std::mem::replace(&mut pair.told().head, head);
+        self.tell(u64::from(queue) * 2 + 1, old, head)
+    }
+
+    /// Sets a doorbell, counted as in the register array. Those of the admin queues are always
+    /// registers: nothing is gained there.
+    fn tell(&mut self, index: u64, old: u16, new: u16) -> Result<(), DriverError> {
+        if old == new {
+            return Ok(());
+        }
+        if let Some(shadow) = self.shadow.as_ref().filter(|_| index > 1) {
+            let at = (index * self.doorbell_stride) as usize;
+            if !shadow.advance(&self.memory, at, old, new)? {
+                return Ok(());
+            }
+        }
+        self.rung += u64::from(index > 1);
+        self.write32(self.doorbell(index), u32::from(new))
+    }
+
+    /// Doorbell registers written for I/O queues since the controller was enabled.
+    pub fn doorbells_rung(&self) -> u64 {
+        self.rung
+    }
+
+    /// As [`Self::submit`], without the doorbell. The identifier is less than the queue has
+    /// entries, and no other outstanding command of the queue has it: it may index a table.
     pub fn enqueue(&mut self, queue: u16, command: SubmissionEntry) -> Result<u16, DriverError> {
         let pair = self
             .queues
@@ -270,9 +331,32 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
         let Some(entry) = pair.pop(&self.memory)? else {
             return Ok(None);
         };
-        let head = pair.head();
-        self.ring_cq(queue, u32::from(head))?;
+        self.ring_head(queue)?;
         Ok(Some(entry))
+    }
+
+    /// Takes all completions that are there, up to the free capacity of `into`, and gives their
+    /// entries back with one doorbell at most. Allocates nothing.
+    pub fn reap(&mut self, queue: u16, into: &mut Vec<CompletionEntry>) -> Result<(), DriverError> {
+        let pair = self
+            .queues
+            .get_mut(&queue)
+            .ok_or(DriverError::NoQueue(queue))?;
+        while into.len() < into.capacity() {
+            let set_aside = if pair.has_set_aside() {
+                pair.take_set_aside(None)
+            } else {
+                None
+            };
+            match set_aside {
+                Some(entry) => into.push(entry),
+                None => match pair.pop(&self.memory)? {
+                    Some(entry) => into.push(entry),
+                    None => break,
+                },
+            }
+        }
+        self.ring_head(queue)
     }
 
     /// Waits for the completion of one command; those of others are kept for later.
@@ -365,9 +449,7 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
         self.function.reset()?;
         self.function
             .config_write(COMMAND_OFFSET, &COMMAND_BITS.to_le_bytes())?;
-        for pair in std::mem::take(&mut self.queues).into_values() {
-            pair.free(&mut self.memory);
-        }
+        self.forget_queues();
         Ok(())
     }
 }

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
+
 use super::DriverError;
 use super::memory::{DmaBuffer, DmaMemory};
 use crate::nvme::{CQE_SIZE, CompletionEntry, SQE_SIZE, SubmissionEntry};
@@ -16,11 +18,22 @@ pub(super) struct QueuePair {
     tail: u16,
     head: u16,
     phase: bool,
-    next_cid: u16,
-    /// Identifiers of commands that have not completed.
-    outstanding: Vec<u16>,
+    /// The tail and the head that the controller was last told of.
+    told: Told,
+    /// For each identifier, whether its command has not completed.
+    outstanding: Vec<bool>,
+    /// The other identifiers; the one that has been free for longest comes first, so that a
+    /// second completion of a command is found out for as long as can be.
+    free: VecDeque<u16>,
     /// Completions that were found while another one was looked for.
     set_aside: Vec<CompletionEntry>,
+}
+
+/// What the doorbells were last set to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Told {
+    pub(super) tail: u16,
+    pub(super) head: u16,
 }
 
 impl QueuePair {
@@ -41,8 +54,9 @@ impl QueuePair {
             tail: 0,
             head: 0,
             phase: true,
-            next_cid: 0,
-            outstanding: Vec::new(),
+            told: Told::default(),
+            outstanding: vec![false; usize::from(entries)],
+            free: (0..entries).collect(),
             set_aside: Vec::new(),
         })
     }
@@ -72,6 +86,11 @@ impl QueuePair {
         self.head
     }
 
+    /// What the doorbells were last set to; to be set when they are set again.
+    pub(super) fn told(&mut self) -> &mut Told {
+        &mut self.told
+    }
+
     fn next(&self, index: u16) -> u16 {
         if index + 1 >= self.entries {
             0
@@ -86,20 +105,20 @@ impl QueuePair {
         memory: &DmaMemory,
         mut command: SubmissionEntry,
     ) -> Result<u16, DriverError> {
-        if self.outstanding.len() + 1 >= usize::from(self.entries) {
-            return Err(DriverError::QueueFull(self.id));
-        }
-        // An event request can be outstanding while the identifiers wrap around. The search
-        // ends: fewer are outstanding than exist.
-        while self.outstanding.contains(&self.next_cid) {
-            self.next_cid = self.next_cid.wrapping_add(1);
-        }
-        let cid = self.next_cid;
-        self.next_cid = cid.wrapping_add(1);
+        // One entry stays empty, so one identifier stays free.
+        let full = DriverError::QueueFull(self.id);
+        let &cid = self
+            .free
+            .front()
+            .filter(|_| self.free.len() > 1)
+            .ok_or(full)?;
         command.set_cid(cid);
         memory.write(self.sq, usize::from(self.tail) * SQE_SIZE, &command.0)?;
         self.tail = self.next(self.tail);
-        self.outstanding.push(cid);
+        self.free.pop_front();
+        if let Some(outstanding) = self.outstanding.get_mut(usize::from(cid)) {
+            *outstanding = true;
+        }
         Ok(cid)
     }
 
@@ -122,13 +141,17 @@ impl QueuePair {
             queue: self.id,
             cid: entry.cid,
         };
-        let known = self
-            .outstanding
-            .iter()
-            .position(|cid| *cid == entry.cid)
-            .ok_or(stray)?;
-        self.outstanding.swap_remove(known);
+        let outstanding = self.outstanding.get_mut(usize::from(entry.cid));
+        match outstanding {
+            Some(outstanding) if *outstanding => *outstanding = false,
+            _ => return Err(stray),
+        }
+        self.free.push_back(entry.cid);
         Ok(Some(entry))
+    }
+
+    pub(super) fn has_set_aside(&self) -> bool {
+        !self.set_aside.is_empty()
     }
 
     pub(super) fn set_aside(&mut self, entry: CompletionEntry) {

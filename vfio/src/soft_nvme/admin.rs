@@ -48,7 +48,7 @@ pub(super) fn execute(
             return lock(&controller.features).get(command).map(Outcome::Done);
         }
         admin::SET_FEATURES => return set_features(controller, command).map(Outcome::Done),
-        admin::ABORT => return Ok(Outcome::Done(abort(controller, command))),
+        admin::ABORT => return Ok(Outcome::Done(abort(controller, command, scratch))),
         admin::ASYNC_EVENT if controller.events.wait(command.cid()) => {
             return Ok(Outcome::Waiting);
         }
@@ -171,7 +171,13 @@ fn create_sq(controller: &Controller, command: &SubmissionEntry) -> Result<(), S
         .ok_or(Status::INVALID_CQ)?;
     let shape = queue_shape(command)?;
     // The priority, dword 11 bits 2:1, is for an arbitration that is not advertised.
-    queues.insert_sq(Arc::new(Sq::new(id, shape, cq)));
+    let sq = Sq::new(id, shape, cq);
+    let sq = if controller.backing.is_immediate() {
+        sq.inline()
+    } else {
+        sq
+    };
+    queues.insert_sq(Arc::new(sq));
     Ok(())
 }
 
@@ -253,7 +259,7 @@ fn set_features(controller: &Controller, command: &SubmissionEntry) -> Result<u3
 
 /// The result says whether the command was *not* aborted (§5.1). What was fetched from an I/O
 /// queue is under way and cannot be called back, and what was not is not looked for.
-fn abort(controller: &Controller, command: &SubmissionEntry) -> u32 {
+fn abort(controller: &Controller, command: &SubmissionEntry, scratch: &mut Scratch) -> u32 {
     let (sq_id, cid) = (command.dword(10) as u16, (command.dword(10) >> 16) as u16);
     let Some(sq) = controller.sq(0).filter(|_| sq_id == 0) else {
         return 1;
@@ -266,6 +272,6 @@ fn abort(controller: &Controller, command: &SubmissionEntry) -> u32 {
         sq.cq.unreserve();
         return 1;
     }
-    controller.post(&sq, cid, Status::ABORT_REQUESTED, 0);
+    controller.post(&sq, &mut scratch.pins, cid, Status::ABORT_REQUESTED, 0);
     0
 }

@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::backing::Backing;
-use super::dma::{Access, Dma, Scatter, Unreachable};
+use super::dma::{Access, Dma, Pins, Scatter, Unreachable};
 use super::events::{Event, Events};
 use super::features::Features;
 use super::front::Front;
 use super::health::{Health, warning};
 use super::identity::Identity;
 use super::irq::Interrupts;
-use super::queues::{Fetched, Queues, Sq};
+use super::queues::{Cq, Fetched, Queues, Sq};
 use super::sys::Vectors;
 use super::work::WorkQueue;
 use super::{identify, io, lock, prp};
@@ -24,8 +24,12 @@ use crate::nvme::{PAGE_SIZE, Status, SubmissionEntry, csts};
 pub(super) const MAX_TRANSFER: usize = PAGE_SIZE << identify::MDTS;
 /// Pages that a transfer can touch at most: one more than it fills, as it may begin anywhere.
 const MAX_PAGES: usize = MAX_TRANSFER / PAGE_SIZE + 1;
+/// Pages of rings and PRP lists that one command can need.
+const MAX_OTHER_PAGES: usize = 8;
 /// Size of a thread's own buffers in bytes.
 const BUFFER: usize = 64 << 10;
+/// The same for those that there are many of: what Dataset Management needs.
+const SMALL_BUFFER: usize = PAGE_SIZE;
 
 /// The namespace's shape.
 #[derive(Clone, Copy, Debug)]
@@ -62,6 +66,8 @@ pub(super) struct Controller {
 
 /// What a thread needs to carry out commands, made once.
 pub(super) struct Scratch {
+    /// Where rings and PRP lists are.
+    pub(super) pins: Pins,
     pub(super) data: Scatter,
     pub(super) vectors: Vectors,
     pub(super) buffer: Box<[u8]>,
@@ -71,13 +77,29 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn new() -> Self {
+        Self::with_buffers(BUFFER)
+    }
+
+    /// With small buffers.
+    pub(super) fn small() -> Self {
+        Self::with_buffers(SMALL_BUFFER)
+    }
+
+    fn with_buffers(size: usize) -> Self {
         Self {
+            pins: Pins::with_capacity(MAX_OTHER_PAGES),
             data: Scatter::with_capacity(MAX_PAGES),
             vectors: Vectors::with_capacity(MAX_PAGES),
-            buffer: vec![0; BUFFER].into(),
-            other: vec![0; BUFFER].into(),
+            buffer: vec![0; size].into(),
+            other: vec![0; size].into(),
             list: Box::new([0; prp::LIST_ENTRIES]),
         }
+    }
+
+    /// Lets go of all memory.
+    pub(super) fn release(&mut self) {
+        self.pins.clear();
+        self.data.clear();
     }
 
     /// Finds and pins the memory of a command's data.
@@ -92,24 +114,30 @@ impl Scratch {
         if command.psdt() != 0 || len > MAX_TRANSFER {
             return Err(Status::INVALID_FIELD);
         }
-        self.data.clear();
-        let Self { data, list, .. } = self;
-        let read_list = |address, entries: &mut [u64]| read_list(dma, address, entries);
+        self.data.begin();
+        let Self {
+            pins, data, list, ..
+        } = self;
+        let read_list = |address, entries: &mut [u64]| read_list(dma, pins, address, entries);
         let emit = |address, len| data.add(dma, address, len, access);
         prp::walk((command.prp1(), command.prp2()), len, list, read_list, emit)
     }
 }
 
 /// Copies entries of a PRP list out of memory, once.
-fn read_list(dma: &Dma, address: u64, entries: &mut [u64]) -> Result<(), Unreachable> {
+fn read_list(
+    dma: &Dma,
+    pins: &mut Pins,
+    address: u64,
+    entries: &mut [u64],
+) -> Result<(), Unreachable> {
     let mut bytes = [0; PAGE_SIZE];
     let bytes = bytes.get_mut(..entries.len() * 8).ok_or(Unreachable)?;
-    dma.read(address, bytes)?;
+    pins.read(dma, address, bytes)?;
     for (entry, bytes) in entries.iter_mut().zip(bytes.chunks_exact(8)) {
         *entry = bytes
-            .iter()
-            .rev()
-            .fold(0, |entry, &byte| entry << 8 | u64::from(byte));
+            .first_chunk()
+            .map_or(0, |bytes| u64::from_le_bytes(*bytes));
     }
     Ok(())
 }
@@ -134,22 +162,20 @@ impl Controller {
         // The upper half of a doorbell is reserved (§3.1.24).
         let value = value as u16;
         let outcome = if index % 2 == 0 {
-            queues
-                .sq(id)
-                .map(|sq| sq.set_tail(value).map(|()| self.wake(id)))
+            let sq = queues.sq(id).cloned();
+            drop(queues);
+            sq.map(|sq| sq.set_tail(value).map(|()| self.wake(&sq)))
         } else {
-            queues.cq(id).map(|cq| {
+            let cq = queues.cq(id).cloned();
+            drop(queues);
+            cq.map(|cq| {
                 cq.set_head(value).map(|starved| {
                     if starved {
-                        queues.feeding(id).for_each(|sq| self.wake(sq.id));
-                    }
-                    if starved && id == 0 {
-                        self.front.request_delivery();
+                        self.feed(id);
                     }
                 })
             })
         };
-        drop(queues);
         let event = match outcome {
             Some(Ok(())) => return,
             Some(Err(_)) => Event::InvalidDoorbellValue,
@@ -159,12 +185,26 @@ impl Controller {
         self.raise(event);
     }
 
+    /// There is room again in a completion queue that commands wait for.
+    fn feed(&self, cq: u16) {
+        for id in 0..=self.queue_pairs {
+            if let Some(sq) = self.sq(id).filter(|sq| sq.cq.id == cq) {
+                self.wake(&sq);
+            }
+        }
+        if cq == 0 {
+            self.front.request_delivery();
+        }
+    }
+
     /// A submission queue may have commands.
-    fn wake(&self, sq: u16) {
-        if sq == 0 {
+    fn wake(&self, sq: &Sq) {
+        if sq.is_inline() {
+            self.run(sq);
+        } else if sq.id == 0 {
             self.front.request_commands();
         } else {
-            self.work.push(sq);
+            self.work.push(sq.id);
         }
     }
 
@@ -174,9 +214,20 @@ impl Controller {
     }
 
     /// Takes the next command of a queue, if there is one to take.
-    pub(super) fn fetch(&self, sq: &Sq) -> Option<(SubmissionEntry, bool)> {
-        match sq.fetch(&self.dma, || !self.halted.load(Ordering::SeqCst)) {
-            Ok(Fetched::Command { entry, more }) => Some((entry, more)),
+    pub(super) fn fetch(&self, sq: &Sq, pins: &mut Pins) -> Option<(SubmissionEntry, bool)> {
+        self.fetched(&sq.fetch(&self.dma, pins, || self.is_running()))
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        !self.halted.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn fetched(
+        &self,
+        outcome: &Result<Fetched, Unreachable>,
+    ) -> Option<(SubmissionEntry, bool)> {
+        match outcome {
+            Ok(Fetched::Command { entry, more }) => Some((*entry, *more)),
             Ok(Fetched::Nothing) => None,
             Err(Unreachable) => {
                 self.fail("a submission queue");
@@ -187,10 +238,12 @@ impl Controller {
 
     /// Carries out the next command of an I/O queue, if there is one, on this thread.
     pub(super) fn step(&self, id: u16, scratch: &mut Scratch) {
-        let Some(sq) = self.queues().sq(id).cloned() else {
+        let Some(sq) = self.sq(id) else {
             return;
         };
-        let Some((command, more)) = self.fetch(&sq) else {
+        let fetched = self.fetch(&sq, &mut scratch.pins);
+        scratch.release();
+        let Some((command, more)) = fetched else {
             return;
         };
         if more {
@@ -198,28 +251,58 @@ impl Controller {
         }
         let status = io::execute(self, &command, scratch);
         // The memory is let go of before anyone can know that the command is done.
-        scratch.data.clear();
-        self.complete(&sq, &command, status, 0);
+        scratch.release();
+        self.complete(&sq, &mut scratch.pins, &command, status, 0);
+        scratch.release();
         sq.finish();
     }
 
     /// Posts a completion, for which there is room, and raises the interrupt.
-    pub(super) fn complete(&self, sq: &Sq, command: &SubmissionEntry, status: Status, result: u32) {
+    pub(super) fn complete(
+        &self,
+        sq: &Sq,
+        pins: &mut Pins,
+        command: &SubmissionEntry,
+        status: Status,
+        result: u32,
+    ) {
+        self.note_failure(sq, command, status);
+        self.post(sq, pins, command.cid(), status, result);
+    }
+
+    pub(super) fn note_failure(&self, sq: &Sq, command: &SubmissionEntry, status: Status) {
         if !status.is_success() && status != Status::ABORT_REQUESTED {
             self.health.record_failure(sq.id, command, status);
         }
-        self.post(sq, command.cid(), status, result);
     }
 
     /// As [`Self::complete`], for a command that is no longer at hand.
-    pub(super) fn post(&self, sq: &Sq, cid: u16, status: Status, result: u32) {
-        match sq.cq.post(&self.dma, sq, cid, status, result) {
-            Ok(()) => {
-                if let Some(vector) = sq.cq.vector {
-                    self.interrupts.signal(vector);
-                }
-            }
-            Err(Unreachable) => self.fail("a completion queue"),
+    pub(super) fn post(&self, sq: &Sq, pins: &mut Pins, cid: u16, status: Status, result: u32) {
+        if self.post_quietly(sq, pins, cid, status, result) {
+            self.signal(&sq.cq);
+        }
+    }
+
+    /// As [`Self::post`], without the interrupt; returns whether one is due.
+    pub(super) fn post_quietly(
+        &self,
+        sq: &Sq,
+        pins: &mut Pins,
+        cid: u16,
+        status: Status,
+        result: u32,
+    ) -> bool {
+        let posted = sq.cq.post((&self.dma, pins), sq, cid, status, result);
+        if posted.is_err() {
+            self.fail("a completion queue");
+        }
+        posted.is_ok()
+    }
+
+    /// Raises the interrupt of a completion queue, if it has one.
+    pub(super) fn signal(&self, cq: &Cq) {
+        if let Some(vector) = cq.vector {
+            self.interrupts.signal(vector);
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! A command *pins* the windows that it uses. Unmapping takes a window out of the table, so
 //! that nobody can pin it any more, and then waits for the pins that exist. Looking up and
-//! pinning take a short shared lock; no lock is held while data moves.
+//! pinning take a short shared lock; no lock is held while data moves. [`Pins`] are what a
+//! thread holds on to, so that commands in a row look a window up once.
 
 #![forbid(unsafe_code)]
 
@@ -65,6 +66,10 @@ struct Window {
 impl Window {
     fn end(&self) -> u64 {
         self.iova + self.len
+    }
+
+    fn allows(&self, iova: u64, access: Access) -> bool {
+        (self.iova..self.end()).contains(&iova) && (access == Access::Read || self.writable)
     }
 
     /// `at` and `len` in bytes, relative to the window.
@@ -201,45 +206,100 @@ impl Dma {
     }
 
     fn pin(&self, iova: u64, access: Access) -> Result<Pin, Unreachable> {
-        if !self.bus_master.load(Ordering::SeqCst) {
-            return Err(Unreachable);
-        }
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         let (_, window) = table
             .range((Bound::Unbounded, Bound::Included(iova)))
             .next_back()
-            .filter(|(_, window)| iova < window.end())
-            .filter(|(_, window)| access == Access::Read || window.writable)
+            .filter(|(_, window)| window.allows(iova, access))
             .ok_or(Unreachable)?;
         Ok(Pin::new(window))
     }
+}
+
+/// How many windows are held on to from one command to the next.
+const KEPT: usize = 8;
+
+/// Windows that a thread holds on to, found again without the table. Whoever unmaps one waits
+/// for it to be let go of, which must therefore happen before the thread waits for anything.
+pub(super) struct Pins(Vec<Pin>);
+
+impl Pins {
+    /// Room for `capacity` windows besides those that are kept.
+    pub(super) fn with_capacity(capacity: usize) -> Self {
+        Self(Vec::with_capacity(capacity + KEPT))
+    }
+
+    /// Lets go of all windows.
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Holds on to a few windows at most.
+    fn trim(&mut self) {
+        self.0.truncate(KEPT);
+    }
+
+    /// The index of the pin of the window that holds `iova`.
+    fn find(&mut self, dma: &Dma, iova: u64, access: Access) -> Result<usize, Unreachable> {
+        if !dma.bus_master.load(Ordering::SeqCst) {
+            return Err(Unreachable);
+        }
+        let fits = |Pin(window): &Pin| window.allows(iova, access);
+        let next = self.0.len();
+        // What comes next is often where the last piece was. Few are searched: a command can
+        // hold hundreds.
+        if self.0.last().is_some_and(fits) {
+            return Ok(next - 1);
+        }
+        if let Some(at) = self.0.iter().take(KEPT).position(fits) {
+            return Ok(at);
+        }
+        self.0.push(dma.pin(iova, access)?);
+        Ok(next)
+    }
+
+    fn window(&self, index: usize) -> Result<&Window, Unreachable> {
+        self.0.get(index).map(|pin| &*pin.0).ok_or(Unreachable)
+    }
 
     /// Copies memory out; in one piece for what does not cross a window.
-    pub(super) fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Unreachable> {
+    pub(super) fn read(
+        &mut self,
+        dma: &Dma,
+        iova: u64,
+        data: &mut [u8],
+    ) -> Result<(), Unreachable> {
         let mut iova = iova;
         let mut rest = data;
         while !rest.is_empty() {
-            let pin = self.pin(iova, Access::Read)?;
-            let at = iova - pin.0.iova;
+            let index = self.find(dma, iova, Access::Read)?;
+            let window = self.window(index)?;
+            let at = iova - window.iova;
             let len = rest
                 .len()
-                .min(usize::try_from(pin.0.len - at).unwrap_or(usize::MAX));
-            let slice = pin.0.slice(at as usize, len).ok_or(Unreachable)?;
+                .min(usize::try_from(window.len - at).unwrap_or(usize::MAX));
+            let slice = window.slice(at as usize, len).ok_or(Unreachable)?;
             let (now, later) = std::mem::take(&mut rest).split_at_mut(len);
             slice.copy_to(now);
             rest = later;
             iova += len as u64;
         }
+        self.trim();
         Ok(())
     }
 
     /// Stores two quadwords at an address that is a multiple of 16; whoever sees the second
     /// one sees the first one, and everything that this thread stored before.
-    pub(super) fn store_pair(&self, iova: u64, qwords: [u64; 2]) -> Result<(), Unreachable> {
-        let pin = self.pin(iova, Access::Write)?;
-        let slice = pin
-            .0
-            .slice((iova - pin.0.iova) as usize, 16)
+    pub(super) fn store_pair(
+        &mut self,
+        dma: &Dma,
+        iova: u64,
+        qwords: [u64; 2],
+    ) -> Result<(), Unreachable> {
+        let index = self.find(dma, iova, Access::Write)?;
+        let window = self.window(index)?;
+        let slice = window
+            .slice((iova - window.iova) as usize, 16)
             .ok_or(Unreachable)?;
         let [first, second] = qwords;
         slice
@@ -247,13 +307,15 @@ impl Dma {
             .map_err(|_| Unreachable)?;
         slice
             .store(second.to_le(), 8, Ordering::Release)
-            .map_err(|_| Unreachable)
+            .map_err(|_| Unreachable)?;
+        self.trim();
+        Ok(())
     }
 }
 
 /// The memory of one command's data: pinned pieces, in order. Reused from command to command.
 pub(super) struct Scatter {
-    pins: Vec<Pin>,
+    pins: Pins,
     pieces: Vec<Piece>,
     total: usize,
 }
@@ -268,7 +330,7 @@ struct Piece {
 impl Scatter {
     pub(super) fn with_capacity(pieces: usize) -> Self {
         Self {
-            pins: Vec::with_capacity(pieces),
+            pins: Pins::with_capacity(pieces),
             pieces: Vec::with_capacity(pieces),
             total: 0,
         }
@@ -276,8 +338,14 @@ impl Scatter {
 
     /// Lets go of the memory.
     pub(super) fn clear(&mut self) {
-        self.pieces.clear();
+        self.begin();
         self.pins.clear();
+    }
+
+    /// Makes ready for another command. A few windows are held on to.
+    pub(super) fn begin(&mut self) {
+        self.pieces.clear();
+        self.pins.trim();
         self.total = 0;
     }
 
@@ -297,17 +365,8 @@ impl Scatter {
         let end = iova.checked_add(len as u64).ok_or(Unreachable)?;
         let mut iova = iova;
         while iova < end {
-            let reachable = self
-                .pins
-                .last()
-                .is_some_and(|Pin(window)| (window.iova..window.end()).contains(&iova));
-            if !reachable {
-                self.pins.push(dma.pin(iova, access)?);
-            }
-            let pin = self.pins.len() - 1;
-            let Some(Pin(window)) = self.pins.last() else {
-                return Err(Unreachable);
-            };
+            let pin = self.pins.find(dma, iova, access)?;
+            let window = self.pins.window(pin)?;
             let at = (iova - window.iova) as usize;
             let len = (end.min(window.end()) - iova) as usize;
             match self.pieces.last_mut() {
@@ -323,7 +382,7 @@ impl Scatter {
     /// The pieces as memory.
     pub(super) fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
         self.pieces.iter().filter_map(|piece| {
-            let Pin(window) = self.pins.get(piece.pin)?;
+            let window = self.pins.window(piece.pin).ok()?;
             window.slice(piece.at, piece.len)
         })
     }

@@ -3,10 +3,12 @@
 #![forbid(unsafe_code)]
 
 use std::os::unix::fs::MetadataExt;
-use std::time::UNIX_EPOCH;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::backing::Backing;
-use super::options::SoftNvmeConfig;
+use super::backing::{Backing, FileBacking};
+use super::options::{Medium, SoftNvmeConfig};
 
 /// PCI vendor id. It is not assigned to anyone; the letters are `FB`.
 pub const VENDOR: u16 = 0x4642;
@@ -27,12 +29,13 @@ pub(super) struct Identity {
 impl Identity {
     /// The names follow from the serial number, if there is one: it survives copying the file.
     /// Else they follow from the inode and its time of birth, which survive renaming it, or,
-    /// for a block device, from its path.
+    /// for a block device, from its path. What is no file is another drive each time, for what
+    /// was on the last one is lost.
     pub(super) fn of(config: &SoftNvmeConfig, backing: &Backing) -> Self {
-        let source = match &config.serial {
-            Some(serial) => format!("serial {serial}"),
-            None if backing.is_block_device() => path_source(config),
-            None => inode_source(backing).unwrap_or_else(|| path_source(config)),
+        let source = match (&config.serial, &config.medium, backing) {
+            (Some(serial), ..) => format!("serial {serial}"),
+            (None, Medium::File(path), Backing::File(file)) => file_source(path, file),
+            _ => new_source(),
         };
         let hash = fnv1a(source.as_bytes()).to_be_bytes();
         let mut uuid = hash;
@@ -65,15 +68,33 @@ impl Identity {
     }
 }
 
-fn inode_source(backing: &Backing) -> Option<String> {
+fn file_source(path: &Path, file: &FileBacking) -> String {
+    let inode = if file.is_block_device() {
+        None
+    } else {
+        inode_source(file)
+    };
+    inode.unwrap_or_else(|| {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        format!("path {}", path.display())
+    })
+}
+
+/// Unlike any other: no two are made at once by one process, and no two processes have one id.
+fn new_source() -> String {
+    static MADE: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_nanos();
+    let n = MADE.fetch_add(1, Ordering::Relaxed);
+    format!("made at {now} by {} as {n}", std::process::id())
+}
+
+fn inode_source(backing: &FileBacking) -> Option<String> {
     let metadata = backing.file().metadata().ok()?;
     let born = metadata.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
     Some(format!("inode {} born {}", metadata.ino(), born.as_nanos()))
-}
-
-fn path_source(config: &SoftNvmeConfig) -> String {
-    let path = std::path::absolute(&config.path).unwrap_or_else(|_| config.path.clone());
-    format!("path {}", path.display())
 }
 
 /// FNV-1a with 128 bits: no secret is in it, it only must be the same everywhere, for ever.

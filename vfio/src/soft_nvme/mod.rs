@@ -1,4 +1,4 @@
-//! A software NVMe 1.4 controller on a file or a block device.
+//! A software NVMe 1.4 controller on a file, a block device, memory, or nothing.
 //!
 //! It behaves as a function behind VFIO does: registers, DMA to the windows that were mapped
 //! for it, and eventfds; it answers to nothing else. So whatever drives it can drive a real
@@ -7,15 +7,17 @@
 //! [`Function::reset`].
 //!
 //! - [`SoftNvmeConfig`] (`options`) says what it is made of; `open` finds the file, `backing`
-//!   is the file, and `identity` has the names that follow from it.
+//!   is what holds the data, and `identity` has the names that follow from it.
 //! - `front` has the registers, `queues` the rings, `irq` the vectors, `dma` the windows, `prp`
 //!   the way from a command to its data, `sys` the system calls that move it.
 //! - `controller` is what the threads share and how a command lives; `threads` are those that
-//!   do the work; `admin` (with `identify`, `features`, `health` and `events`) and `io` have
-//!   the commands.
+//!   do the work, `inline` what is done without them; `admin` (with `identify`, `features`,
+//!   `health` and `events`) and `io` have the commands.
 //!
-//! A write to a doorbell stores the tail and wakes a thread. Reads and writes go straight
-//! between the file and the windows. Nothing is allocated for an I/O command.
+//! A write to a doorbell stores the tail. With a file, which may keep a command waiting, it
+//! then wakes a thread; with memory or nothing, the commands are carried out there and then.
+//! Reads and writes go straight between the backing and the windows. Nothing is allocated for
+//! an I/O command.
 
 #![deny(unsafe_code)]
 
@@ -29,6 +31,7 @@ mod front;
 mod health;
 mod identify;
 mod identity;
+mod inline;
 mod io;
 mod irq;
 mod open;
@@ -47,7 +50,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use identity::{DEVICE, VENDOR};
 pub use open::BackingError;
-pub use options::{DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, OptionError, SoftNvmeConfig};
+pub use options::{DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, Medium, OptionError, SoftNvmeConfig};
 
 use crate::config::{BarKind, ConfigEffect, ConfigImage, ConfigSpace, MsixLayout, PowerState};
 use crate::function::{
@@ -72,7 +75,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Why a software controller could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum SoftNvmeError {
-    /// The backing file.
+    /// What was to hold the data.
     #[error(transparent)]
     Backing(#[from] BackingError),
     /// The description contradicts itself.
@@ -97,10 +100,10 @@ pub struct SoftNvme {
 }
 
 impl SoftNvme {
-    /// Opens the backing file and starts the controller's threads. Without a path, or with
+    /// Opens what holds the data and starts the controller's threads. Without a path, or with
     /// values out of range, this fails; text is better parsed than built by hand.
     pub fn open(config: &SoftNvmeConfig) -> Result<Self, SoftNvmeError> {
-        check(config)?;
+        config.check()?;
         let backing = open::open(config)?;
         let vectors = config.queues + 1;
         let bar0 = RegionInfo {
@@ -120,7 +123,7 @@ impl SoftNvme {
             .build();
         let space = ConfigSpace::from_image(&image, &[bar0])?;
         let info = FunctionInfo {
-            label: format!("soft-nvme {}", config.path.display()),
+            label: format!("soft-nvme {}", config.medium),
             config_size: space.size(),
             regions: vec![bar0],
             interrupts: InterruptCounts {
@@ -136,7 +139,7 @@ impl SoftNvme {
             shape: controller::Shape {
                 block_shift,
                 blocks: backing.len() >> block_shift,
-                reads_zero: !backing.is_block_device(),
+                reads_zero: backing.reads_zero(),
             },
             backing,
             queue_pairs: config.queues,
@@ -342,22 +345,5 @@ impl Function for SoftNvme {
         // Only now: commands that were under way may finish, and their data with them.
         self.apply(&lock(&self.config));
         Ok(())
-    }
-}
-
-/// What [`SoftNvmeConfig`] leaves to its caller when it is not parsed.
-fn check(config: &SoftNvmeConfig) -> Result<(), OptionError> {
-    if config.path.as_os_str().is_empty() {
-        return Err(OptionError::NoPath);
-    }
-    if !matches!(config.block_size, 512 | 4096) {
-        return Err(OptionError::BlockSize(config.block_size.to_string()));
-    }
-    if !(1..=MAX_QUEUE_PAIRS).contains(&config.queues) {
-        return Err(OptionError::Queues(config.queues.to_string()));
-    }
-    match &config.serial {
-        Some(serial) if !options::is_serial(serial) => Err(OptionError::Serial(serial.clone())),
-        _ => Ok(()),
     }
 }

@@ -1,17 +1,17 @@
-//! How the backing file is found: opened or created, checked, and locked against a second
-//! controller.
+//! How the backing is found: memory is made; a file is opened or created, checked, and locked
+//! against a second controller.
 
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::backing::Backing;
-use super::options::SoftNvmeConfig;
+use super::backing::{Backing, FileBacking, MemoryBacking};
+use super::options::{Medium, SoftNvmeConfig};
 
 /// Why the backing file cannot be used. None is cured by trying again, except
 /// [`BackingError::InUse`].
@@ -35,13 +35,12 @@ pub enum BackingError {
     },
     /// No whole number of blocks.
     #[error(
-        "{} would have {size} bytes, which is not a multiple (of at least one) of the block \
-         size {block_size}; choose another size= or block-size=",
-        path.display()
+        "{medium} would have {size} bytes, which is not a multiple (of at least one) of the block \
+         size {block_size}; choose another size= or block-size="
     )]
     NotWholeBlocks {
-        /// The file.
-        path: PathBuf,
+        /// What was to hold the data.
+        medium: Medium,
         /// Its size in bytes.
         size: u64,
         /// The block size in bytes.
@@ -53,6 +52,15 @@ pub enum BackingError {
     /// Another controller has it.
     #[error("{} is in use by another controller (it is locked)", .0.display())]
     InUse(PathBuf),
+    /// There is no memory for the data, or no address space.
+    #[error("cannot reserve {size} bytes of memory")]
+    Memory {
+        /// Size of the drive in bytes.
+        size: u64,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// The operating system refused.
     #[error("cannot {verb} {}", path.display())]
     Io {
@@ -66,37 +74,54 @@ pub enum BackingError {
     },
 }
 
-/// Opens, or creates, what the configuration names.
+/// Opens, or makes, what the configuration names.
 pub(super) fn open(config: &SoftNvmeConfig) -> Result<Backing, BackingError> {
-    let path = &config.path;
+    // A drive that is no file has a size, or its description was refused.
+    let size = config.size.unwrap_or(0);
+    match &config.medium {
+        Medium::File(path) => Ok(Backing::File(open_file(config, path)?)),
+        Medium::Memory => {
+            check_blocks(config, size)?;
+            let memory =
+                MemoryBacking::new(size).map_err(|source| BackingError::Memory { size, source })?;
+            Ok(Backing::Memory(memory))
+        }
+        Medium::Null => {
+            check_blocks(config, size)?;
+            Ok(Backing::Null { len: size })
+        }
+    }
+}
+
+fn open_file(config: &SoftNvmeConfig, path: &Path) -> Result<FileBacking, BackingError> {
     let fail = |verb| {
         move |source: io::Error| BackingError::Io {
             verb,
-            path: path.clone(),
+            path: path.to_owned(),
             source,
         }
     };
     if let Some(size) = config.size {
         check_blocks(config, size)?;
     }
-    let file = match open_existing(config) {
+    let file = match open_existing(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let size = config
                 .size
-                .ok_or_else(|| BackingError::Missing(path.clone()))?;
-            create(config, size).map_err(fail("create"))?
+                .ok_or_else(|| BackingError::Missing(path.to_owned()))?;
+            create(path, size).map_err(fail("create"))?
         }
         Err(error) => return Err(fail("open")(error)),
     };
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => return Err(BackingError::InUse(path.clone())),
+        Err(rustix::io::Errno::WOULDBLOCK) => return Err(BackingError::InUse(path.to_owned())),
         Err(error) => return Err(fail("lock")(error.into())),
     }
     let kind = file.metadata().map_err(fail("examine"))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(BackingError::Kind(path.clone()));
+        return Err(BackingError::Kind(path.to_owned()));
     }
     // The end of a block device is its size too; its metadata says 0.
     let len = (&file)
@@ -104,7 +129,7 @@ pub(super) fn open(config: &SoftNvmeConfig) -> Result<Backing, BackingError> {
         .map_err(fail("find the size of"))?;
     match config.size {
         Some(wanted) if wanted != len => {
-            let path = path.clone();
+            let path = path.to_owned();
             return Err(BackingError::SizeDiffers {
                 path,
                 actual: len,
@@ -113,15 +138,14 @@ pub(super) fn open(config: &SoftNvmeConfig) -> Result<Backing, BackingError> {
         }
         _ => check_blocks(config, len)?,
     }
-    Ok(Backing::new(file, len, kind.is_block_device()))
+    Ok(FileBacking::new(file, len, kind.is_block_device()))
 }
 
 fn check_blocks(config: &SoftNvmeConfig, size: u64) -> Result<(), BackingError> {
     let block_size = config.block_size;
     if size == 0 || size % u64::from(block_size) != 0 {
-        let path = config.path.clone();
         return Err(BackingError::NotWholeBlocks {
-            path,
+            medium: config.medium.clone(),
             size,
             block_size,
         });
@@ -129,10 +153,10 @@ fn check_blocks(config: &SoftNvmeConfig, size: u64) -> Result<(), BackingError> 
     Ok(())
 }
 
-fn open_existing(config: &SoftNvmeConfig) -> io::Result<File> {
+fn open_existing(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
-    let kind = std::fs::metadata(&config.path)?.file_type();
+    let kind = std::fs::metadata(path)?.file_type();
     // On a block device `O_EXCL` means that no file system has it mounted. `O_NONBLOCK` keeps
     // the opening of a FIFO from waiting for a writer; it means nothing to the others.
     let exclusive = if kind.is_block_device() {
@@ -142,21 +166,21 @@ fn open_existing(config: &SoftNvmeConfig) -> io::Result<File> {
     };
     options
         .custom_flags(exclusive | libc::O_NONBLOCK)
-        .open(&config.path)
+        .open(path)
 }
 
 /// Creates a sparse file. Never touches one that has appeared in the meantime.
-fn create(config: &SoftNvmeConfig, size: u64) -> io::Result<File> {
+fn create(path: &Path, size: u64) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
         .mode(0o600)
-        .open(&config.path)?;
+        .open(path)?;
     if let Err(error) = file.set_len(size) {
         // An empty file would only be in the way of the next attempt.
-        if let Err(error) = std::fs::remove_file(&config.path) {
-            log::warn!("{} is left behind empty: {error}", config.path.display());
+        if let Err(error) = std::fs::remove_file(path) {
+            log::warn!("{} is left behind empty: {error}", path.display());
         }
         return Err(error);
     }

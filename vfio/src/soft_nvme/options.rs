@@ -1,8 +1,9 @@
 //! The description of a software controller, as people write it:
-//! `path=disk.img,size=1GiB,block-size=4096,serial=X,queues=16`.
+//! `path=disk.img,size=1GiB,block-size=4096,serial=X,queues=16`, or `backing=memory,size=1GiB`.
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -12,6 +13,28 @@ pub const MAX_QUEUE_PAIRS: u16 = 63;
 pub const DEFAULT_QUEUE_PAIRS: u16 = 16;
 /// Longest serial number in bytes (NVMe 1.4 §5.15.2.2).
 const MAX_SERIAL: usize = 20;
+
+/// What holds a software controller's data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Medium {
+    /// A file or block device.
+    File(PathBuf),
+    /// Memory of this process: what is in it is lost when the controller is closed.
+    Memory,
+    /// Nothing: writes vanish, and reads leave memory as it is. It does all that a drive does
+    /// but move data, so that everything around a drive can be measured.
+    Null,
+}
+
+impl fmt::Display for Medium {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Memory => f.write_str("memory"),
+            Self::Null => f.write_str("null"),
+        }
+    }
+}
 
 /// What a software controller is to be made of. Parsed from text by [`FromStr`].
 ///
@@ -24,14 +47,16 @@ const MAX_SERIAL: usize = 20;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SoftNvmeConfig {
-    /// The file or block device that holds the data.
-    pub path: PathBuf,
+    /// What holds the data.
+    pub medium: Medium,
     /// Its size in bytes. A missing file is created with it; an existing one must have it.
+    /// What is no file needs one.
     pub size: Option<u64>,
     /// Size of a logical block in bytes: 512 or 4096.
     pub block_size: u32,
     /// The serial number, 1 to 20 printable ASCII characters, which then also gives the
-    /// namespace its identifiers. Without one, both follow from which file it is.
+    /// namespace its identifiers. Without one, both follow from which file it is; what is no
+    /// file gets new ones each time.
     pub serial: Option<String>,
     /// Number of I/O queue pairs, 1 to 63.
     pub queues: u16,
@@ -40,9 +65,23 @@ pub struct SoftNvmeConfig {
 impl SoftNvmeConfig {
     /// A controller on this file, with blocks of 512 bytes and 16 queue pairs.
     pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self::on(Medium::File(path.into()), None)
+    }
+
+    /// A controller on `size` bytes of memory.
+    pub fn memory(size: u64) -> Self {
+        Self::on(Medium::Memory, Some(size))
+    }
+
+    /// A controller with a namespace of `size` bytes that holds nothing.
+    pub fn null(size: u64) -> Self {
+        Self::on(Medium::Null, Some(size))
+    }
+
+    fn on(medium: Medium, size: Option<u64>) -> Self {
         Self {
-            path: path.into(),
-            size: None,
+            medium,
+            size,
             block_size: 512,
             serial: None,
             queues: DEFAULT_QUEUE_PAIRS,
@@ -57,14 +96,23 @@ pub enum OptionError {
     #[error("`{0}` is not of the form key=value; separate options with commas")]
     NotAPair(String),
     /// A key that does not exist.
-    #[error("unknown option `{0}`; there are path, size, block-size, serial and queues")]
+    #[error("unknown option `{0}`; there are path, backing, size, block-size, serial and queues")]
     UnknownKey(String),
     /// A key that came before.
     #[error("option `{0}` is given twice; give it once")]
     Duplicate(String),
-    /// The one key that must be there is not.
-    #[error("there is no path; add path=FILE")]
+    /// Nothing says what holds the data.
+    #[error("there is no path; add path=FILE, or backing=memory or backing=null")]
     NoPath,
+    /// Something other than a file was given a path.
+    #[error("backing={0} has no path; leave path= out")]
+    PathOf(Medium),
+    /// Something other than a file has no size of its own.
+    #[error("backing={0} needs a size; add size=, such as size=1GiB")]
+    NoSize(Medium),
+    /// A kind of backing that does not exist.
+    #[error("backing=`{0}` is not known; use file, memory or null")]
+    Backing(String),
     /// A size that is not one.
     #[error("size=`{0}` is not a size; write bytes, or a number with KiB, MiB, GiB or TiB")]
     Size(String),
@@ -84,6 +132,7 @@ impl FromStr for SoftNvmeConfig {
 
     fn from_str(text: &str) -> Result<Self, OptionError> {
         let mut config = Self::new("");
+        let mut path = PathBuf::new();
         let mut seen: Vec<&str> = Vec::new();
         for part in text.split(',') {
             let (key, value) = part
@@ -95,7 +144,15 @@ impl FromStr for SoftNvmeConfig {
             seen.push(key);
             let owned = || value.to_owned();
             match key {
-                "path" => config.path = value.into(),
+                "path" => path = value.into(),
+                "backing" => {
+                    config.medium = match value {
+                        "file" => Medium::File(PathBuf::new()),
+                        "memory" => Medium::Memory,
+                        "null" => Medium::Null,
+                        _ => return Err(OptionError::Backing(owned())),
+                    };
+                }
                 "size" => {
                     config.size =
                         Some(parse_size(value).ok_or_else(|| OptionError::Size(owned()))?);
@@ -119,16 +176,42 @@ impl FromStr for SoftNvmeConfig {
                 _ => return Err(OptionError::UnknownKey(key.to_owned())),
             }
         }
-        if config.path.as_os_str().is_empty() {
-            return Err(OptionError::NoPath);
+        match &mut config.medium {
+            Medium::File(file) => *file = path,
+            medium if seen.contains(&"path") => return Err(OptionError::PathOf(medium.clone())),
+            _ => {}
         }
+        config.check()?;
         Ok(config)
+    }
+}
+
+impl SoftNvmeConfig {
+    /// What the types leave open, for those that were not parsed too.
+    pub(super) fn check(&self) -> Result<(), OptionError> {
+        match &self.medium {
+            Medium::File(path) if path.as_os_str().is_empty() => return Err(OptionError::NoPath),
+            Medium::Memory | Medium::Null if self.size.is_none() => {
+                return Err(OptionError::NoSize(self.medium.clone()));
+            }
+            _ => {}
+        }
+        if !matches!(self.block_size, 512 | 4096) {
+            return Err(OptionError::BlockSize(self.block_size.to_string()));
+        }
+        if !(1..=MAX_QUEUE_PAIRS).contains(&self.queues) {
+            return Err(OptionError::Queues(self.queues.to_string()));
+        }
+        match &self.serial {
+            Some(serial) if !is_serial(serial) => Err(OptionError::Serial(serial.clone())),
+            _ => Ok(()),
+        }
     }
 }
 
 /// Whether a controller can have this serial number. It is padded with spaces (NVMe 1.4
 /// §1.5), so it must not begin or end with one.
-pub(super) fn is_serial(text: &str) -> bool {
+fn is_serial(text: &str) -> bool {
     (1..=MAX_SERIAL).contains(&text.len())
         && text.bytes().all(|byte| (b' '..=b'~').contains(&byte))
         && text.trim() == text
@@ -168,7 +251,7 @@ mod tests {
         assert_eq!(
             config,
             Ok(SoftNvmeConfig {
-                path: "a/disk.img".into(),
+                medium: Medium::File("a/disk.img".into()),
                 size: Some(3 << 20),
                 block_size: 4096,
                 serial: Some("X 1".to_owned()),
@@ -176,6 +259,15 @@ mod tests {
             })
         );
         assert_eq!(parse("path=x"), Ok(SoftNvmeConfig::new("x")));
+        assert_eq!(parse("backing=file,path=x"), parse("path=x"));
+        assert_eq!(
+            parse("size=1GiB,backing=memory"),
+            Ok(SoftNvmeConfig::memory(1 << 30))
+        );
+        assert_eq!(
+            parse("backing=null,size=1GiB"),
+            Ok(SoftNvmeConfig::null(1 << 30))
+        );
     }
 
     #[test]
@@ -210,8 +302,12 @@ mod tests {
             ("path=a,path=b", "`path` is given twice"),
             (
                 "path=a,colour=red",
-                "unknown option `colour`; there are path, size",
+                "unknown option `colour`; there are path, backing",
             ),
+            ("backing=memory", "add size=, such as"),
+            ("backing=null", "add size=, such as"),
+            ("backing=null,size=1MiB,path=a", "leave path= out"),
+            ("backing=tape,path=a", "use file, memory or null"),
             ("path=a,size=1GB", "size=`1GB` is not a size"),
             ("path=a,block-size=1024", "use 512 or 4096"),
             ("path=a,serial=", "use 1 to 20 printable"),

@@ -7,9 +7,10 @@
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::dma::{Dma, Unreachable};
+use super::controller::Scratch;
+use super::dma::{Dma, Pins, Unreachable};
 use super::lock;
 use crate::nvme::{CQE_SIZE, CompletionEntry, SQE_SIZE, Status, SubmissionEntry};
 
@@ -70,6 +71,9 @@ pub(super) struct Sq {
     /// A copy of the ring's head, for completions: they take only the other ring's lock, and
     /// the heads that they report never go backwards, since each is read under that lock.
     head: AtomicU16,
+    /// What a thread needs that carries the commands out in the middle of a doorbell write,
+    /// where that is how they are. Whoever holds it is the only one who does.
+    inline: Option<Mutex<Scratch>>,
 }
 
 struct SqRing {
@@ -77,6 +81,8 @@ struct SqRing {
     tail: u16,
     in_flight: u32,
     closed: bool,
+    /// Threads that wait for `in_flight` to be none: to tell nobody takes a system call too.
+    waiting: u32,
 }
 
 impl Sq {
@@ -90,10 +96,32 @@ impl Sq {
                 tail: 0,
                 in_flight: 0,
                 closed: false,
+                waiting: 0,
             }),
             idle: Condvar::new(),
             head: AtomicU16::new(0),
+            inline: None,
         }
+    }
+
+    /// Has the commands carried out by whoever writes the doorbell.
+    pub(super) fn inline(mut self) -> Self {
+        self.inline = Some(Mutex::new(Scratch::small()));
+        self
+    }
+
+    pub(super) fn is_inline(&self) -> bool {
+        self.inline.is_some()
+    }
+
+    /// The exclusive right to carry the commands out, and what that takes.
+    pub(super) fn lock_inline(&self) -> Option<MutexGuard<'_, Scratch>> {
+        self.inline.as_ref().map(lock)
+    }
+
+    /// Number of entries.
+    pub(super) fn entries(&self) -> u16 {
+        self.shape.entries
     }
 
     /// Stores the tail doorbell.
@@ -106,36 +134,71 @@ impl Sq {
     }
 
     /// Copies the next command out of memory, once, if there is one, room for its completion,
-    /// and `permitted` says so (asked under the ring's lock).
+    /// and `permitted` says so (asked under the ring's lock). It is under way until
+    /// [`Self::finish`].
     pub(super) fn fetch(
         &self,
         dma: &Dma,
+        pins: &mut Pins,
         permitted: impl FnOnce() -> bool,
     ) -> Result<Fetched, Unreachable> {
         let mut ring = lock(&self.ring);
+        let fetched = self.take(&mut ring, dma, pins, permitted)?;
+        if matches!(fetched, Fetched::Command { .. }) {
+            ring.in_flight += 1;
+        }
+        Ok(fetched)
+    }
+
+    /// Commands are about to be taken in a row, all of them under way until [`Self::finish`].
+    /// Says no once the queue is closed.
+    pub(super) fn begin_batch(&self) -> bool {
+        let mut ring = lock(&self.ring);
+        if !ring.closed {
+            ring.in_flight += 1;
+        }
+        !ring.closed
+    }
+
+    /// As [`Self::fetch`], between [`Self::begin_batch`] and [`Self::finish`].
+    pub(super) fn fetch_in_batch(
+        &self,
+        dma: &Dma,
+        pins: &mut Pins,
+        permitted: impl FnOnce() -> bool,
+    ) -> Result<Fetched, Unreachable> {
+        self.take(&mut lock(&self.ring), dma, pins, permitted)
+    }
+
+    fn take(
+        &self,
+        ring: &mut SqRing,
+        dma: &Dma,
+        pins: &mut Pins,
+        permitted: impl FnOnce() -> bool,
+    ) -> Result<Fetched, Unreachable> {
         if ring.closed || ring.head == ring.tail || !permitted() || !self.cq.reserve() {
             return Ok(Fetched::Nothing);
         }
         let mut entry = SubmissionEntry([0; SQE_SIZE]);
         let address = self.shape.address(ring.head, SQE_SIZE);
-        if let Err(error) = address.and_then(|address| dma.read(address, &mut entry.0)) {
+        if let Err(error) = address.and_then(|address| pins.read(dma, address, &mut entry.0)) {
             self.cq.unreserve();
             return Err(error);
         }
         ring.head = self.shape.next(ring.head);
         self.head.store(ring.head, Ordering::Relaxed);
-        ring.in_flight += 1;
         Ok(Fetched::Command {
             entry,
             more: ring.head != ring.tail,
         })
     }
 
-    /// The command that was fetched will not touch anything any more.
+    /// The command that was fetched, or the batch, will not touch anything any more.
     pub(super) fn finish(&self) {
         let mut ring = lock(&self.ring);
         ring.in_flight = ring.in_flight.saturating_sub(1);
-        if ring.in_flight == 0 {
+        if ring.in_flight == 0 && ring.waiting > 0 {
             self.idle.notify_all();
         }
     }
@@ -149,7 +212,9 @@ impl Sq {
     pub(super) fn wait_idle(&self) {
         let mut ring = lock(&self.ring);
         while ring.in_flight != 0 {
+            ring.waiting += 1;
             ring = self.idle.wait(ring).unwrap_or_else(PoisonError::into_inner);
+            ring.waiting -= 1;
         }
     }
 }
@@ -224,7 +289,7 @@ impl Cq {
     /// Posts the completion of a command of `sq`, for which an entry is reserved.
     pub(super) fn post(
         &self,
-        dma: &Dma,
+        (dma, pins): (&Dma, &mut Pins),
         sq: &Sq,
         cid: u16,
         status: Status,
@@ -240,7 +305,8 @@ impl Cq {
             status,
             phase: ring.phase,
         };
-        dma.store_pair(self.shape.address(ring.tail, CQE_SIZE)?, entry.to_qwords())?;
+        let address = self.shape.address(ring.tail, CQE_SIZE)?;
+        pins.store_pair(dma, address, entry.to_qwords())?;
         ring.tail = self.shape.next(ring.tail);
         if ring.tail == 0 {
             ring.phase = !ring.phase;

@@ -1,5 +1,5 @@
-//! Moves bytes between the backing file and DMA windows, and makes eventfds non-blocking: the
-//! controller's only unsafe code.
+//! Moves bytes between the backing file and DMA windows, gives memory back, and makes eventfds
+//! non-blocking: the controller's only unsafe code.
 //!
 //! Rules of this module:
 //!
@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use vm_memory::VolatileSlice;
+use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Linux `UIO_MAXIOV`: more vectors than these in one call are refused.
@@ -45,6 +45,11 @@ pub(super) enum TransferError {
 
 /// A reusable list of memory ranges, so that no transfer allocates.
 pub(super) struct Vectors(Vec<libc::iovec>);
+
+// SAFETY: Between calls the list is empty (rule 2), so that no address goes from one thread to
+// another; within a call it is borrowed by one thread. A list that goes with its queue, from
+// one doorbell's thread to the next, needs this.
+unsafe impl Send for Vectors {}
 
 impl Vectors {
     pub(super) fn with_capacity(capacity: usize) -> Self {
@@ -137,6 +142,42 @@ fn transfer_some(
         },
     };
     usize::try_from(moved).map_err(|_| io::Error::last_os_error())
+}
+
+/// Memory of this process alone, all zeroes at first.
+#[derive(Debug)]
+pub(super) struct PrivateMemory(MmapRegion);
+
+impl PrivateMemory {
+    /// Pages are taken when they are first written.
+    pub(super) fn new(len: usize) -> io::Result<Self> {
+        // Anonymous and private.
+        MmapRegion::new(len).map(Self).map_err(io::Error::other)
+    }
+
+    /// `len` bytes from `at` on, if they are inside.
+    pub(super) fn slice(&self, at: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        self.0.get_slice(at, len).ok()
+    }
+
+    /// Gives the pages of a range back, which must be whole ones: they read as zeroes.
+    pub(super) fn discard(&self, at: usize, len: usize) -> io::Result<()> {
+        let slice = self
+            .slice(at, len)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        if len == 0 {
+            return Ok(());
+        }
+        let pointer = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: The range lies in a private anonymous mapping of ours, of which no Rust
+        // reference exists (rule 1), so that its bytes may change at any time; that a page is
+        // missing is nothing that an access could notice but for the zeroes. Neither std nor
+        // vm-memory can give pages back.
+        match unsafe { libc::madvise(pointer.cast(), len, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
 }
 
 /// Makes writes to an eventfd fail instead of waiting for somebody to read it.

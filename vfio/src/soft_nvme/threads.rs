@@ -1,6 +1,7 @@
 //! The threads of a controller. One carries out admin commands and changes of the controller's
-//! state; a few carry out I/O commands, each one command at a time. An admin command thus never
-//! waits behind slow I/O, unless it is about that I/O.
+//! state; a few carry out I/O commands, each one command at a time, if the backing can keep
+//! them waiting. An admin command thus never waits behind slow I/O, unless it is about that
+//! I/O.
 
 #![forbid(unsafe_code)]
 
@@ -32,7 +33,12 @@ impl Threads {
             handles: Vec::new(),
         };
         threads.spawn("nvme-admin".to_owned(), run_admin)?;
-        for n in 0..controller.queue_pairs.min(MAX_WORKERS) {
+        let workers = if controller.backing.is_immediate() {
+            0
+        } else {
+            controller.queue_pairs.min(MAX_WORKERS)
+        };
+        for n in 0..workers {
             threads.spawn(format!("nvme-io{n}"), run_io)?;
         }
         Ok(threads)
@@ -79,7 +85,7 @@ fn run_admin(controller: &Controller) {
             Task::Shutdown => shut_down(controller),
             Task::Disable => quiesce(controller),
             Task::Enable(enable) => start(controller, enable),
-            Task::DeliverEvents => deliver_events(controller),
+            Task::DeliverEvents => deliver_events(controller, &mut scratch),
             Task::RunCommands => run_commands(controller, &mut scratch),
         }
     }
@@ -158,28 +164,32 @@ fn shut_down(controller: &Controller) {
 
 fn run_commands(controller: &Controller, scratch: &mut Scratch) {
     let Some(sq) = controller.sq(0) else { return };
-    while let Some((command, _)) = controller.fetch(&sq) {
+    while let Some((command, _)) = controller.fetch(&sq, &mut scratch.pins) {
+        scratch.release();
         let outcome = admin::execute(controller, &command, scratch);
-        scratch.data.clear();
+        scratch.release();
         match outcome {
             Ok(Outcome::Done(result)) => {
-                controller.complete(&sq, &command, Status::SUCCESS, result);
+                controller.complete(&sq, &mut scratch.pins, &command, Status::SUCCESS, result);
             }
             Ok(Outcome::Waiting) => {
                 // It may wait for ever, so it must not keep an entry from others.
                 sq.cq.unreserve();
-                deliver_events(controller);
+                deliver_events(controller, scratch);
             }
-            Err(status) => controller.complete(&sq, &command, status, 0),
+            Err(status) => controller.complete(&sq, &mut scratch.pins, &command, status, 0),
         }
+        scratch.release();
         sq.finish();
     }
+    scratch.release();
 }
 
 /// Reports events to the requests that wait for them, as far as there is room.
-fn deliver_events(controller: &Controller) {
+fn deliver_events(controller: &Controller, scratch: &mut Scratch) {
     let Some(sq) = controller.sq(0) else { return };
     while let Some((cid, result)) = controller.events.next_report(|| sq.cq.reserve()) {
-        controller.post(&sq, cid, Status::SUCCESS, result);
+        controller.post(&sq, &mut scratch.pins, cid, Status::SUCCESS, result);
     }
+    scratch.release();
 }

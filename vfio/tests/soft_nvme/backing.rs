@@ -1,7 +1,7 @@
 //! The backing file: how it is found, created and refused, and what a failing one looks like.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use farbus_vfio::driver::block_command;
 use farbus_vfio::nvme::{Status, cns, feature, log_page, nvm};
@@ -22,7 +22,6 @@ fn refused(config: &SoftNvmeConfig) -> (BackingError, String) {
 
 #[test]
 fn a_missing_file_is_created_sparse_and_private() {
-    use std::os::unix::fs::MetadataExt;
     let disk = Disk::new();
     let config = SoftNvmeConfig {
         size: Some(1 << 40),
@@ -360,4 +359,27 @@ fn a_block_device_works_and_says_its_size() {
         .status();
     assert!(detached.is_ok_and(|status| status.success()));
     outcome.unwrap();
+}
+
+#[test]
+fn deallocating_gives_space_back() {
+    let mut bench = Bench::ready(4096);
+    let data = pattern(1 << 20, 1);
+    for n in 0..4 {
+        bench.driver.write(1, n * 256, 4096, &data).unwrap();
+    }
+    bench.driver.flush(1).unwrap();
+    let before = std::fs::metadata(bench.disk.path()).unwrap().blocks();
+    bench
+        .driver
+        .deallocate(1, &[(0, 256), (512, 10), (700, 0), (522, 246)])
+        .unwrap();
+    bench.driver.flush(1).unwrap();
+    let after = std::fs::metadata(bench.disk.path()).unwrap();
+    assert!(
+        after.blocks() <= before - 4000,
+        "{before} sectors, then {}",
+        after.blocks()
+    );
+    assert_eq!(after.len(), SIZE);
 }

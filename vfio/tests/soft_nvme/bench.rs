@@ -1,6 +1,6 @@
-//! What the tests share: a controller on a file of its own, and a driver for it.
+//! What the tests share: a controller on a backing of its own, and a driver for it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,7 @@ impl Disk {
         SoftNvmeConfig {
             size: Some(SIZE),
             block_size,
-            ..SoftNvmeConfig::new(self.path())
+            ..crate::backing_of(self.path())
         }
     }
 }
@@ -89,6 +89,22 @@ impl Bench {
     pub(crate) fn admin_status(&mut self, opcode: u8, nsid: u32, dwords: &[u32]) -> Status {
         let command = command(opcode, nsid, dwords);
         self.driver.execute(0, command).unwrap().status
+    }
+
+    /// What is stored: in the file, or as the drive says.
+    pub(crate) fn stored(&mut self, block_size: u32) -> Vec<u8> {
+        if let Ok(bytes) = std::fs::read(self.disk.path()) {
+            return bytes;
+        }
+        if self.driver.tail(1).is_err() {
+            self.recover();
+        }
+        let mut bytes = vec![0; SIZE as usize];
+        for (n, piece) in (0..).zip(bytes.chunks_mut(1 << 20)) {
+            let lba = n * (1 << 20) / u64::from(block_size);
+            self.driver.read(1, lba, block_size, piece).unwrap();
+        }
+        bytes
     }
 
     pub(crate) fn io_status(&mut self, command: SubmissionEntry) -> Status {
@@ -162,8 +178,4 @@ pub(crate) fn status_of<T: std::fmt::Debug>(outcome: Result<T, DriverError>) -> 
         .unwrap_err()
         .status()
         .expect("a command that failed")
-}
-
-pub(crate) fn file_bytes(path: &Path) -> Vec<u8> {
-    std::fs::read(path).unwrap()
 }

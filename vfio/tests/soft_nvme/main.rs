@@ -19,3 +19,8 @@ mod hostile;
 mod io;
 mod queues;
 mod registers;
+
+/// What a controller of these tests keeps its data in.
+fn backing_of(path: std::path::PathBuf) -> farbus_vfio::soft_nvme::SoftNvmeConfig {
+    farbus_vfio::soft_nvme::SoftNvmeConfig::new(path)
+}

@@ -1,4 +1,4 @@
-//! The file or block device that holds the namespace's data.
+//! A namespace on a file or a block device.
 //!
 //! It is never resized. Errors of the operating system become what a drive would answer
 //! (NVMe 1.4 §4.6.1.2).
@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 
-use super::dma::Scatter;
-use super::sys::{Direction, TransferError, Vectors};
+use super::super::dma::Scatter;
+use super::super::sys::{Direction, TransferError, Vectors};
 use crate::nvme::Status;
 
 /// Zeroes are written in pieces of this many bytes where the file system knows no better way.
@@ -21,7 +21,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// An open backing file.
 #[derive(Debug)]
-pub(super) struct Backing {
+pub(in super::super) struct FileBacking {
     file: File,
     len: u64,
     block_device: bool,
@@ -34,8 +34,8 @@ pub(super) struct Backing {
     lost_writes: AtomicBool,
 }
 
-impl Backing {
-    pub(super) fn new(file: File, len: u64, block_device: bool) -> Self {
+impl FileBacking {
+    pub(in super::super) fn new(file: File, len: u64, block_device: bool) -> Self {
         Self {
             file,
             len,
@@ -47,25 +47,25 @@ impl Backing {
     }
 
     /// Size in bytes.
-    pub(super) fn len(&self) -> u64 {
+    pub(in super::super) fn len(&self) -> u64 {
         self.len
     }
 
-    pub(super) fn file(&self) -> &File {
+    pub(in super::super) fn file(&self) -> &File {
         &self.file
     }
 
-    pub(super) fn is_block_device(&self) -> bool {
+    pub(in super::super) fn is_block_device(&self) -> bool {
         self.block_device
     }
 
     /// Whether acknowledged writes may have been lost, so that no more are taken.
-    pub(super) fn has_lost_writes(&self) -> bool {
+    pub(in super::super) fn has_lost_writes(&self) -> bool {
         self.lost_writes.load(Ordering::SeqCst)
     }
 
     /// Reads at `offset` (bytes) straight into a command's memory.
-    pub(super) fn read(
+    pub(in super::super) fn read(
         &self,
         offset: u64,
         to: &Scatter,
@@ -77,7 +77,7 @@ impl Backing {
     }
 
     /// Reads at `offset` (bytes) into the controller's own memory.
-    pub(super) fn read_into(&self, offset: u64, data: &mut [u8]) -> Result<(), Status> {
+    pub(in super::super) fn read_into(&self, offset: u64, data: &mut [u8]) -> Result<(), Status> {
         self.file
             .read_exact_at(data, offset)
             .map_err(|error| match error.kind() {
@@ -87,7 +87,7 @@ impl Backing {
     }
 
     /// Writes at `offset` (bytes) straight out of a command's memory.
-    pub(super) fn write(
+    pub(in super::super) fn write(
         &self,
         offset: u64,
         from: &Scatter,
@@ -117,7 +117,7 @@ impl Backing {
     }
 
     /// Puts all writes that have completed on stable storage.
-    pub(super) fn flush(&self) -> Result<(), Status> {
+    pub(in super::super) fn flush(&self) -> Result<(), Status> {
         if self.has_lost_writes() {
             return Err(Status::WRITE_FAULT.with_dnr());
         }
@@ -130,7 +130,12 @@ impl Backing {
 
     /// Makes a range (bytes) read as zero. `deallocate` gives its space back, where that is
     /// possible.
-    pub(super) fn zero(&self, offset: u64, len: u64, deallocate: bool) -> Result<(), Status> {
+    pub(in super::super) fn zero(
+        &self,
+        offset: u64,
+        len: u64,
+        deallocate: bool,
+    ) -> Result<(), Status> {
         self.check_writable(offset, len)?;
         let done = (deallocate && self.punch_hole(offset, len)?)
             || self.zero_range(offset, len)?
@@ -144,7 +149,7 @@ impl Backing {
 
     /// Gives the space of a range (bytes) back; where that is not possible nothing happens,
     /// which the specification allows (NVMe 1.4 §6.7).
-    pub(super) fn deallocate(&self, offset: u64, len: u64) -> Result<(), Status> {
+    pub(in super::super) fn deallocate(&self, offset: u64, len: u64) -> Result<(), Status> {
         self.check_writable(offset, len)?;
         self.punch_hole(offset, len).map(|_| ())
     }
@@ -218,7 +223,7 @@ impl Backing {
     }
 }
 
-impl Drop for Backing {
+impl Drop for FileBacking {
     fn drop(&mut self) {
         // Closing alone leaves the lock to a child process that another thread is about to
         // start, for as long as that child has not come to its `exec`.
@@ -262,13 +267,13 @@ mod tests {
 
     /// A file whose first page can neither be read nor written (nobody maps address 0) and
     /// that cannot be flushed: a stand-in for a dying disk.
-    fn dying() -> Backing {
+    fn dying() -> FileBacking {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .open("/proc/self/mem")
             .unwrap();
-        Backing::new(file, 1 << 20, true)
+        FileBacking::new(file, 1 << 20, true)
     }
 
     #[test]
@@ -339,7 +344,7 @@ mod tests {
             .write(true)
             .open(&path)
             .unwrap();
-        let backing = Backing::new(file, 300 << 10, false);
+        let backing = FileBacking::new(file, 300 << 10, false);
         backing.can_zero_range.store(false, Ordering::Relaxed);
         backing.can_punch_hole.store(false, Ordering::Relaxed);
         backing.zero(512, 200 << 10, true).unwrap();
