@@ -20,7 +20,11 @@ fn builder(name: &str, kernel: Kernel) -> MachineBuilder {
     MachineBuilder::new(name)
         .kernel(kernel)
         .userland(Userland::Large)
-        .modules("virtio_blk")
+        .modules(match kernel {
+            Kernel::V6_1 => "virtio_pci,virtio_blk",
+            // The others have the bus built in.
+            _ => "virtio_blk",
+        })
 }
 
 /// Everything that a guest does with a drive; then the guest is rebooted, and the bytes are looked

@@ -26,7 +26,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{self, Options, WRITEBACK_AT};
-use super::drive::{BounceId, Drive, Shape};
+use super::drive::{BounceId, Done, Drive, Shape};
 use super::inflight::{self, Inflight};
 use super::memory::{MAX_REGIONS, Memory};
 use super::notifier::Notifier;
@@ -89,6 +89,8 @@ pub struct Device {
     fenced: bool,
     stale_bounces: Vec<BounceId>,
     changes: Vec<Change>,
+    /// What the drive has done.
+    done: Vec<Done>,
 }
 
 impl Device {
@@ -117,6 +119,7 @@ impl Device {
             fenced: false,
             stale_bounces: Vec::new(),
             changes: Vec::new(),
+            done: Drive::room(),
         }
     }
 
@@ -224,7 +227,7 @@ impl Device {
             self.shape = drive.shape().clone();
         }
         if self.fenced {
-            while drive.poll()?.is_some() {}
+            drive.poll(&mut self.done)?;
             if drive.in_flight() > 0 {
                 return Ok(Worked {
                     more: false,
@@ -269,12 +272,13 @@ impl Device {
             any |= ring.advance(&context, drive)?;
         }
         drive.ring()?;
-        while let Some(done) = drive.poll()? {
+        drive.poll(&mut self.done)?;
+        for done in &self.done {
             any = true;
             let (index, head, bounced) = of_token(done.token);
             let ring = self.vrings.get_mut(usize::from(index));
             if let Some(ring) = ring.and_then(|vring| vring.ring.as_mut()) {
-                ring.completed(head, bounced, &done, context.guest, drive)?;
+                ring.completed(head, bounced, done, context.guest, drive)?;
             }
         }
         Ok(any)

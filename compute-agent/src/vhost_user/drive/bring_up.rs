@@ -82,6 +82,7 @@ impl Drive {
             watch: Watch::new(page),
             in_flight: 0,
             entries: Vec::with_capacity(PAGE_SIZE),
+            completions: Vec::with_capacity(ENTRIES.into()),
         };
         super::watch::begin(&mut drive)?;
         Ok(drive)

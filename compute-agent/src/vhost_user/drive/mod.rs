@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use farbus_vfio::Function;
 use farbus_vfio::driver::{DmaBuffer, DriverError, NvmeDriver};
-use farbus_vfio::nvme::{Status, SubmissionEntry, csts, reg};
+use farbus_vfio::nvme::{CompletionEntry, Status, SubmissionEntry, csts, reg};
 
 pub use self::bring_up::{BringUp, DriveError};
 pub use self::shape::{BadShape, Shape};
@@ -90,6 +90,8 @@ pub struct Drive {
     in_flight: usize,
     /// The entries of a list that is being made.
     entries: Vec<u8>,
+    /// What is being taken from a completion queue.
+    completions: Vec<CompletionEntry>,
 }
 
 impl Drive {
@@ -201,9 +203,6 @@ impl Drive {
         if let Some(place) = pair.slots.get_mut(usize::from(slot)) {
             *place = token;
         }
-        if pair.by_cid.len() <= usize::from(cid) {
-            pair.by_cid.resize(usize::from(cid) + 1, 0);
-        }
         if let Some(place) = pair.by_cid.get_mut(usize::from(cid)) {
             *place = slot;
         }
@@ -216,29 +215,38 @@ impl Drive {
     pub fn ring(&mut self) -> Result<(), DriverError> {
         for pair in &mut self.pairs {
             if std::mem::take(&mut pair.unrung) {
-                let tail = self.driver.tail(pair.id)?;
-                self.driver.ring_sq(pair.id, tail.into())?;
+                self.driver.ring(pair.id)?;
             }
         }
         Ok(())
     }
 
-    /// The next command that has completed.
-    pub fn poll(&mut self) -> Result<Option<Done>, DriverError> {
+    /// Commands that have completed, as many as `into` has capacity for.
+    pub fn poll(&mut self, into: &mut Vec<Done>) -> Result<(), DriverError> {
+        into.clear();
         for pair in &mut self.pairs {
-            let Some(entry) = self.driver.poll(pair.id)? else {
-                continue;
-            };
-            let slot = pair.by_cid.get(usize::from(entry.cid)).copied();
-            let slot = slot.unwrap_or_default();
-            pair.free.push(slot);
-            self.in_flight = self.in_flight.saturating_sub(1);
-            return Ok(Some(Done {
-                token: pair.slots.get(usize::from(slot)).copied().unwrap_or(0),
-                status: entry.status,
-            }));
+            if into.capacity() - into.len() < self.completions.capacity() {
+                break;
+            }
+            self.completions.clear();
+            self.driver.reap(pair.id, &mut self.completions)?;
+            for entry in &self.completions {
+                let slot = pair.by_cid.get(usize::from(entry.cid)).copied();
+                let slot = slot.unwrap_or_default();
+                pair.free.push(slot);
+                self.in_flight = self.in_flight.saturating_sub(1);
+                into.push(Done {
+                    token: pair.slots.get(usize::from(slot)).copied().unwrap_or(0),
+                    status: entry.status,
+                });
+            }
         }
-        Ok(None)
+        Ok(())
+    }
+
+    /// Room for what [`Self::poll`] finds.
+    pub fn room() -> Vec<Done> {
+        Vec::with_capacity(usize::from(ENTRIES) * usize::from(MAX_PAIRS))
     }
 
     /// Hears what the drive says unasked. Whether its size has changed.
