@@ -20,7 +20,7 @@ use crate::guest_memory::{GuestMemory, MapError, MapRequest};
 
 /// Where the drive sees memory of this process (queues, PRP lists, bounce buffers). No guest
 /// address is this high, and none is accepted that is.
-pub const PRIVATE_IOVA: Iova = Iova(1 << 62);
+pub const PRIVATE_IOVA: Iova = Iova(1 << 51);
 /// Most regions at once.
 pub const MAX_REGIONS: usize = 256;
 

@@ -18,6 +18,7 @@ pub mod cli;
 pub mod config;
 pub mod device;
 pub mod drive;
+mod fuzz;
 pub mod inflight;
 pub mod memory;
 pub mod notifier;
@@ -28,3 +29,5 @@ pub mod socket;
 pub mod vring;
 pub mod work;
 pub mod worker;
+
+pub use fuzz::fuzz_request;
