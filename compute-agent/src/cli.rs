@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use farbus_fabric::session::client::claim;
 use farbus_fabric::wire::ExportName;
+use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
 use log::{LevelFilter, error, info};
@@ -72,6 +74,10 @@ struct AttachArgs {
     /// How long the device server may take to answer, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     connect_timeout: u64,
+    /// How the attachment's thread waits: adaptive looks for work for a moment before it sleeps,
+    /// while that pays; always never sleeps; never sleeps at once.
+    #[arg(long, value_name = "POLICY", default_value_t, value_parser = poll_parser())]
+    poll: Polling,
     /// Print the ready line as a JSON object.
     #[arg(long)]
     json: bool,
@@ -79,6 +85,10 @@ struct AttachArgs {
 
 fn parse_export_name(name: &str) -> Result<ExportName, String> {
     ExportName::new(name).map_err(|error| error.to_string())
+}
+
+fn poll_parser() -> impl TypedValueParser<Value = Polling> {
+    PossibleValuesParser::new(Polling::NAMES).try_map(|name| name.parse())
 }
 
 /// A failure with the exit code that tells of it.
@@ -179,7 +189,7 @@ fn serve(
     remote: Arc<RemoteFunction>,
     source: Source,
 ) -> anyhow::Result<()> {
-    let worker = Worker::new(endpoint, remote, source)?;
+    let worker = Worker::new(endpoint, remote, source, args.poll)?;
     announce(args)?;
     worker.run()?;
     info!("ended in order");

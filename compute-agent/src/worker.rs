@@ -11,8 +11,13 @@ use anyhow::Context;
 use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
+use farbus_shadow_mem::polling::{Polling, Waiter};
 use farbus_shadow_mem::remote::{LinkInterest, RemoteFunction};
 use log::{error, info, warn};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -22,17 +27,20 @@ use crate::vfio_user::Endpoint;
 
 /// How often the link is asked for a sign of life.
 const TICK: Duration = Duration::from_secs(1);
+/// Looks at the link and the guest's doorbells between two at everything else.
+const LOOKS_PER_WAIT: u32 = 4;
 /// A link that has lived this long was a good one.
 const STABLE: Duration = Duration::from_secs(5);
 
 /// What the event loop serves.
 enum Subscriber {
     Endpoint(Box<Endpoint>),
+    /// What has arrived is received after every round: see [`Worker::run`].
     Link {
-        remote: Arc<RemoteFunction>,
-        /// More may have arrived than was received.
-        more: bool,
+        ready: bool,
     },
+    /// Goes off when an interrupt has been held back for long enough.
+    Timer(OwnedFd),
     /// Readable at SIGTERM or SIGINT.
     Signals {
         pipe: OwnedFd,
@@ -55,6 +63,11 @@ impl MutEventSubscriber for Subscriber {
             Self::Endpoint(endpoint) => return endpoint.init(ops),
             // Watched by the worker, once there is a link to watch.
             Self::Link { .. } => return,
+            // Each time that it goes off is an event, so that nobody has to read it.
+            Self::Timer(timer) => {
+                let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
+                ops.add(Events::new(timer, once))
+            }
             Self::Signals { pipe, .. } => ops.add(Events::new(pipe, EventSet::IN)),
             Self::Reconnected { event, .. } => ops.add(Events::new(&**event, EventSet::IN)),
         };
@@ -66,7 +79,9 @@ impl MutEventSubscriber for Subscriber {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match self {
             Self::Endpoint(endpoint) => endpoint.process(events, ops),
-            Self::Link { remote, more } => *more = remote.service(),
+            Self::Link { ready } => *ready = true,
+            // Interrupts are seen to after every round.
+            Self::Timer(_) => {}
             Self::Signals { raised, .. } => *raised = true,
             Self::Reconnected { event, raised } => {
                 let _ = event.read();
@@ -109,6 +124,7 @@ pub struct Worker {
     manager: EventManager<Subscriber>,
     endpoint: SubscriberId,
     link: SubscriberId,
+    timer: SubscriberId,
     signals: SubscriberId,
     reconnected: SubscriberId,
     remote: Arc<RemoteFunction>,
@@ -120,6 +136,10 @@ pub struct Worker {
     linked: Instant,
     /// How long to wait before the next attempt to get one.
     pause: Duration,
+    waiter: Waiter,
+    looks: u32,
+    /// When the timer goes off.
+    timer_set: Option<Instant>,
 }
 
 impl Worker {
@@ -128,15 +148,20 @@ impl Worker {
         endpoint: Endpoint,
         remote: Arc<RemoteFunction>,
         source: Source,
+        polling: Polling,
     ) -> anyhow::Result<Self> {
+        remote.gather_doorbells();
+        let timer = timerfd_create(
+            TimerfdClockId::Monotonic,
+            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+        )
+        .context("a timer cannot be made")?;
         let mut manager = EventManager::new().context("the event loop cannot be made")?;
         let done = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         Ok(Self {
             endpoint: manager.add_subscriber(Subscriber::Endpoint(Box::new(endpoint))),
-            link: manager.add_subscriber(Subscriber::Link {
-                remote: remote.clone(),
-                more: false,
-            }),
+            link: manager.add_subscriber(Subscriber::Link { ready: false }),
+            timer: manager.add_subscriber(Subscriber::Timer(timer)),
             signals: manager.add_subscriber(Subscriber::Signals {
                 pipe: signals()?,
                 raised: false,
@@ -153,23 +178,35 @@ impl Worker {
             watched: LinkWatch::default(),
             linked: Instant::now(),
             pause: Duration::ZERO,
+            waiter: Waiter::new(polling),
+            looks: 0,
+            timer_set: None,
         })
     }
 
     /// Runs until SIGTERM or SIGINT; then closes the VMM's socket and gives the export back.
     pub fn run(mut self) -> anyhow::Result<()> {
         let mut due = Instant::now() + TICK;
+        let mut looking = false;
         self.update_watch()?;
         loop {
-            let left = due.saturating_duration_since(Instant::now());
-            let timeout = if self.receive_more()? {
-                0
+            // Also for the doorbells that the endpoint has taken in the last round.
+            let busy = if self.is_link_ready()? || looking {
+                self.remote.service()
             } else {
-                left.as_millis() as i32 + 1
+                self.remote.pump()
             };
-            self.manager
-                .run_with_timeout(timeout)
-                .context("the event loop failed")?;
+            if busy {
+                self.waiter.found();
+            }
+            looking = busy || self.waiter.looks_again() || !self.remote.may_sleep();
+            self.looks += 1;
+            if looking && self.looks % LOOKS_PER_WAIT != 0 {
+                continue;
+            }
+            if self.wait(looking, due)? > 0 {
+                self.waiter.found();
+            }
             if Instant::now() >= due {
                 due = Instant::now() + TICK;
                 self.remote.tick();
@@ -181,13 +218,52 @@ impl Worker {
         }
     }
 
-    /// Receives what the link's descriptor need not tell of; whether there may be yet more.
-    fn receive_more(&mut self) -> anyhow::Result<bool> {
+    /// One round of the event loop: for what there is already, or asleep until `due` at most.
+    fn wait(&mut self, looking: bool, due: Instant) -> anyhow::Result<usize> {
+        let failed = "the event loop failed";
+        if looking {
+            return self.manager.run_with_timeout(0).context(failed);
+        }
+        self.set_timer()?;
+        let asleep = Instant::now();
+        let left = due.saturating_duration_since(asleep);
+        let events = self.manager.run_with_timeout(left.as_millis() as i32 + 1);
+        self.waiter.slept(asleep.elapsed());
+        events.context(failed)
+    }
+
+    /// Has the timer go off when an interrupt that is held back is due.
+    fn set_timer(&mut self) -> anyhow::Result<()> {
+        let due = self.remote.due();
+        if due == self.timer_set {
+            return Ok(());
+        }
+        self.timer_set = due;
+        let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+        let zero = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let value = left.map_or(zero, |left| Timespec {
+            tv_sec: left.as_secs() as i64,
+            // No time at all would stop the timer.
+            tv_nsec: i64::from(left.subsec_nanos()).max(1),
+        });
+        let once = Itimerspec {
+            it_interval: zero,
+            it_value: value,
+        };
+        if let Subscriber::Timer(timer) = self.manager.subscriber_mut(self.timer)? {
+            timerfd_settime(timer, TimerfdTimerFlags::empty(), &once)
+                .context("the timer cannot be set")?;
+        }
+        Ok(())
+    }
+
+    /// Whether the event loop has seen something arrive since this was last asked.
+    fn is_link_ready(&mut self) -> anyhow::Result<bool> {
         match self.manager.subscriber_mut(self.link)? {
-            Subscriber::Link { remote, more } if *more => {
-                *more = remote.service();
-                Ok(*more)
-            }
+            Subscriber::Link { ready } => Ok(std::mem::take(ready)),
             _ => Ok(false),
         }
     }

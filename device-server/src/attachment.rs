@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use farbus_fabric::wire::{FaultCode, Message};
 use farbus_fabric::{FabricError, Received};
 use farbus_shadow_mem::nvme::device::DeviceHalf;
+use farbus_shadow_mem::polling::{Polling, Waiter};
 use farbus_shadow_mem::session::Session;
 use farbus_vfio::Notice;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -18,6 +19,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// Messages received before other work has its turn.
 const RECEIVE_BURST: usize = 64;
+/// Looks at link and function between two at everything else.
+const LOOKS_PER_WAIT: u32 = 16;
 
 const LINK: u64 = 0;
 const INTERRUPT: u64 = 1;
@@ -55,11 +58,13 @@ pub struct Attachment {
     ticked: Instant,
     /// More may have arrived than was received: the link need not become readable for it.
     more: bool,
+    waiter: Waiter,
+    looks: u32,
 }
 
 impl Attachment {
-    /// From the two ends that it joins.
-    pub fn new(half: DeviceHalf, session: Session) -> Self {
+    /// From the two ends that it joins, and how to wait for either.
+    pub fn new(half: DeviceHalf, session: Session, polling: Polling) -> Self {
         let now = Instant::now();
         Self {
             half,
@@ -70,6 +75,8 @@ impl Attachment {
             spoke: now,
             ticked: now,
             more: false,
+            waiter: Waiter::new(polling),
+            looks: 0,
         }
     }
 
@@ -91,35 +98,25 @@ impl Attachment {
         let what = |what| move |source| FabricError::Io { what, source };
         let link = self.session.descriptor().as_raw_fd();
         let epoll = Epoll::new().map_err(what("creating an epoll instance"))?;
-        for (fd, id) in [
-            (link, LINK),
-            (self.half.interrupt().as_raw_fd(), INTERRUPT),
-            (stop.as_raw_fd(), STOP),
+        // Each signal of the function's is an event, so that nobody has to read the eventfd.
+        let signalled = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        for (fd, id, events) in [
+            (link, LINK, EventSet::IN),
+            (self.half.interrupt().as_raw_fd(), INTERRUPT, signalled),
+            (stop.as_raw_fd(), STOP, EventSet::IN),
         ] {
-            watch(&epoll, ControlOperation::Add, fd, id, EventSet::IN)
+            watch(&epoll, ControlOperation::Add, fd, id, events)
                 .map_err(what("watching a descriptor"))?;
         }
         let notices: Vec<Notice> = self.watch_notices(&epoll)?;
         let mut watched = EventSet::IN;
         let mut events = [EpollEvent::default(); 4];
         loop {
-            let ready = match epoll.wait(self.timeout(), &mut events) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-                ready => ready.map_err(what("waiting for events"))?,
-            };
-            for event in &events[..ready] {
-                match event.data() {
-                    LINK => self.more = true,
-                    INTERRUPT => self.half.interrupted(&mut self.session)?,
-                    STOP => return Ok(Ended::Stopped),
-                    notice => {
-                        let index = (notice - NOTICE) as usize;
-                        self.noticed(notices.get(index).copied())?;
-                    }
-                }
-            }
-            if self.more {
-                self.receive()?;
+            let looking = self.transfer()? || self.waiter.looks_again();
+            self.more |= looking;
+            self.looks += 1;
+            if looking && self.looks % LOOKS_PER_WAIT != 0 {
+                continue;
             }
             self.look_after()?;
             if let Some(why) = self.half.gone().map(str::to_owned) {
@@ -132,7 +129,51 @@ impl Attachment {
                 watch(&epoll, ControlOperation::Modify, link, LINK, watched)
                     .map_err(what("watching the link"))?;
             }
+            let timeout = if looking { 0 } else { self.timeout() };
+            let asleep = Instant::now();
+            let ready = match epoll.wait(timeout, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                ready => ready.map_err(what("waiting for events"))?,
+            };
+            if !looking {
+                self.waiter.slept(asleep.elapsed());
+            }
+            for event in &events[..ready] {
+                match event.data() {
+                    LINK => self.more = true,
+                    // What it has completed is found in its queues.
+                    INTERRUPT => {}
+                    STOP => return Ok(Ended::Stopped),
+                    notice => {
+                        let index = (notice - NOTICE) as usize;
+                        self.noticed(notices.get(index).copied());
+                    }
+                }
+            }
         }
+    }
+
+    /// Moves what there is to move, from the link to the function and back; whether there may
+    /// be more at once.
+    fn transfer(&mut self) -> Result<bool, FabricError> {
+        let before = self.progress();
+        if self.session.is_congested() {
+            self.session.flush()?;
+        }
+        if self.more {
+            self.receive()?;
+        }
+        self.half.pump(&mut self.session)?;
+        if self.progress() != before {
+            self.waiter.found();
+        }
+        Ok(self.more && !self.half.is_backlogged())
+    }
+
+    /// Rises with every message.
+    fn progress(&self) -> u64 {
+        let counters = self.session.counters();
+        counters.messages_received + counters.messages_sent
     }
 
     /// Waits for the function's notices, too; returns them in the order of their ids.
@@ -155,7 +196,7 @@ impl Attachment {
         Ok(notices)
     }
 
-    fn noticed(&mut self, notice: Option<Notice>) -> Result<(), FabricError> {
+    fn noticed(&mut self, notice: Option<Notice>) {
         for (kind, event) in self.half.notices() {
             if Some(kind) == notice {
                 // Nobody else reads it; when it was not signalled after all, it is next time.
@@ -173,7 +214,6 @@ impl Attachment {
             }
             None => {}
         }
-        self.half.pump(&mut self.session)
     }
 
     /// Lets the claimant know that the function is gone, unless its network is too slow.
@@ -189,13 +229,11 @@ impl Attachment {
         }
     }
 
+    /// Receives some of what has arrived, and finds out whether there is more.
     fn receive(&mut self) -> Result<(), FabricError> {
-        self.session.flush()?;
-        self.half.pump(&mut self.session)?;
         for _ in 0..RECEIVE_BURST {
             // A peer that asks and does not listen waits, and with it what it asks.
             if self.half.is_backlogged() {
-                self.more = false;
                 break;
             }
             if self.session.receive(&mut self.half)? == Received::Idle {
@@ -203,7 +241,7 @@ impl Attachment {
                 break;
             }
         }
-        self.half.pump(&mut self.session)
+        Ok(())
     }
 
     /// What to wait for on the link.
@@ -251,9 +289,6 @@ impl Attachment {
 
     /// Milliseconds until time brings something.
     fn timeout(&self) -> i32 {
-        if self.more {
-            return 0;
-        }
         let due = (self.ticked + self.half.next_tick())
             .min(self.heard + SILENCE)
             .min(self.spoke + SIGN_OF_LIFE);

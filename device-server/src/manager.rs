@@ -16,6 +16,7 @@ use farbus_fabric::FabricError;
 use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
 use farbus_fabric::wire::{Description, EngineKind, InterruptCounts, RefusalCode, Region};
 use farbus_shadow_mem::nvme::device::{DeviceError, DeviceHalf, Limits};
+use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::session::Session;
 use farbus_vfio::{Function, FunctionError};
 use log::{info, warn};
@@ -39,6 +40,7 @@ const NOTICES: u64 = 2;
 pub struct Manager {
     listener: TcpListener,
     exports: Exports,
+    polling: Polling,
     stop: Arc<EventFd>,
 }
 
@@ -58,12 +60,13 @@ impl Drop for Served {
 }
 
 impl Manager {
-    /// A manager that has not accepted anything yet.
-    pub fn new(listener: TcpListener, exports: Exports) -> io::Result<Self> {
+    /// A manager that has not accepted anything yet, whose attachments wait in a certain way.
+    pub fn new(listener: TcpListener, exports: Exports, polling: Polling) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener,
             exports,
+            polling,
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
     }
@@ -127,11 +130,12 @@ impl Manager {
         }
         let served = Served(count.clone());
         let (exports, stop) = (self.exports.clone(), self.stop.clone());
+        let polling = self.polling;
         let claimed = Arc::new(AtomicBool::new(false));
         let claims = claimed.clone();
         let serve = move || {
             let _served = served;
-            if let Err(error) = serve(stream, peer, &exports, &stop, &claims) {
+            if let Err(error) = serve(stream, peer, &exports, polling, &stop, &claims) {
                 warn!("{peer}: {:#}", anyhow::Error::new(error));
             }
         };
@@ -150,6 +154,7 @@ fn serve(
     stream: TcpStream,
     peer: SocketAddr,
     exports: &Exports,
+    polling: Polling,
     stop: &EventFd,
     claimed: &AtomicBool,
 ) -> Result<(), FabricError> {
@@ -178,7 +183,7 @@ fn serve(
         }
     };
     claimed.store(true, Ordering::Release);
-    attach(request, &claim, function, &claimant, stop)
+    attach(request, &claim, function, &claimant, (polling, stop))
 }
 
 /// Joins a claimant and the function. Whatever way this ends, the function is reset and the
@@ -188,7 +193,7 @@ fn attach(
     claim: &Claim,
     function: Arc<dyn Function>,
     claimant: &str,
-    stop: &EventFd,
+    (polling, stop): (Polling, &EventFd),
 ) -> Result<(), FabricError> {
     let name = claim.export().name().clone();
     let name = name.as_str();
@@ -216,7 +221,7 @@ fn attach(
     let mut session = Session::new(granted.describe(description)?);
     session.register(half.shadow(), 0)?;
     info!("{name}: claimed by {claimant} ({})", claim.epoch());
-    let mut attachment = Attachment::new(half, session);
+    let mut attachment = Attachment::new(half, session, polling);
     let ended = attachment.run(stop);
     match ended {
         Ended::Released => info!("{name}: released by {claimant}"),

@@ -32,6 +32,7 @@ use farbus_fabric::FabricError;
 use farbus_fabric::session::{ClaimedLink, client};
 use farbus_fabric::wire::ExportName;
 use farbus_integration::scratch::Scratch;
+use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_shadow_mem::shadow::shared_memory;
 use farbus_vfio::driver::{DmaBuffer, DriverConfig, NvmeDriver, Prps, block_command};
@@ -175,7 +176,7 @@ impl Daemons {
             export: ExportName::new("disk0").unwrap(),
         };
         let exports = Exports::new(vec![Export::new(source.export.clone(), Arc::new(drive))]);
-        let manager = Manager::new(listener, exports).unwrap();
+        let manager = Manager::new(listener, exports, Polling::Adaptive).unwrap();
         let (stop_manager, stopped) = UnixStream::pair().unwrap();
         let stopped: OwnedFd = stopped.into();
         let manager = Builder::new()
@@ -189,7 +190,7 @@ impl Daemons {
         let agent = Builder::new()
             .name("agent".into())
             .spawn(move || {
-                let worker = Worker::new(endpoint, remote, export).unwrap();
+                let worker = Worker::new(endpoint, remote, export, Polling::Adaptive).unwrap();
                 worker.run().unwrap();
             })
             .unwrap();

@@ -7,12 +7,14 @@
 //! * [`guest`]: guest memory as the VMM maps it.
 //! * [`shadow`]: the buffer shadow and who gets which of its pages.
 //! * [`nvme`]: the NVMe engine.
+//! * [`polling`]: how a data thread waits for work.
 //! * [`remote`]: a function that sits in another server, as a [`farbus_vfio::Function`].
 
 #![forbid(unsafe_code)]
 
 pub mod guest;
 pub mod nvme;
+pub mod polling;
 pub mod remote;
 pub mod session;
 pub mod shadow;

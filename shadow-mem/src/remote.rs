@@ -7,12 +7,13 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::{Description, EngineKind, Epoch, Message};
 use farbus_fabric::{Counters, FabricError, Received};
 use farbus_vfio::config::{ConfigError, ConfigSpace};
-use farbus_vfio::nvme::PAGE_SIZE;
+use farbus_vfio::nvme::{DOORBELL_BASE, PAGE_SIZE};
 use farbus_vfio::{
     DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind, Iova,
     RegionIndex, RegionInfo,
@@ -96,6 +97,8 @@ struct State {
     heard: u64,
     /// Ticks since then without another one.
     silent: u32,
+    /// See [`RemoteFunction::gather_doorbells`].
+    gathers_doorbells: bool,
 }
 
 /// See the module's own description.
@@ -182,6 +185,7 @@ impl RemoteFunction {
                 epoch: claimed.epoch,
                 heard: 0,
                 silent: 0,
+                gathers_doorbells: false,
             }),
         })
     }
@@ -202,23 +206,56 @@ impl RemoteFunction {
         })
     }
 
-    /// The link's descriptor has events: receives, sends what waited, and goes on with what
-    /// either made possible. Returns whether more may have arrived: then the descriptor need
-    /// not say so, and this is to be called again without waiting.
+    /// The link's descriptor has events, or may have: receives, sends what waited, and goes on
+    /// with what either made possible. Returns whether there was anything, so that there may
+    /// be more: then the descriptor need not say so, and this is to be called again without
+    /// waiting.
     pub fn service(&self) -> bool {
-        let mut more = false;
-        self.state().with_session(|half, session| {
-            session.flush()?;
-            more = true;
+        let mut state = self.state();
+        let before = state.progress();
+        state.with_session(|half, session| {
+            if session.is_congested() {
+                session.flush()?;
+            }
             for _ in 0..RECEIVE_BURST {
                 if session.receive(half)? == Received::Idle {
-                    more = false;
                     break;
                 }
             }
             half.pump(session)
         });
-        more
+        state.progress() != before
+    }
+
+    /// As [`Self::service`], for when nothing can have arrived: goes on with what the guest has
+    /// asked for since.
+    pub fn pump(&self) -> bool {
+        let mut state = self.state();
+        let before = state.progress();
+        state.pump();
+        state.progress() != before
+    }
+
+    /// To be asked before a sleep: has the guest write its doorbells from here on. If it has
+    /// rung one meanwhile, that is acted on, and the answer is no.
+    pub fn may_sleep(&self) -> bool {
+        let mut state = self.state();
+        let rung = state.half.arm_doorbells();
+        if rung {
+            state.pump();
+        }
+        !rung
+    }
+
+    /// When [`Self::service`] must be called at the latest, whatever happens.
+    pub fn due(&self) -> Option<Instant> {
+        self.state().half.due()
+    }
+
+    /// From now on a write to a doorbell waits for the next [`Self::service`], so that all of
+    /// them that have come lead to one message. Other registers act at once as before.
+    pub fn gather_doorbells(&self) {
+        self.state().gathers_doorbells = true;
     }
 
     /// Once a second: gives the peer a sign of life and asks for one, and gives up on a peer
@@ -323,6 +360,8 @@ impl State {
         act: impl FnOnce(&mut ComputeHalf, &mut Session) -> Result<(), FabricError>,
     ) {
         let Some(session) = &mut self.session else {
+            // What was held back has its time all the same.
+            self.half.signal_interrupts();
             return;
         };
         if let Err(error) = act(&mut self.half, session) {
@@ -332,6 +371,12 @@ impl State {
                 .take()
                 .map(|session| LostLink { session, error });
         }
+    }
+
+    /// Rises with every message.
+    fn progress(&self) -> u64 {
+        let counters = self.session.as_ref().map(Session::counters);
+        counters.map_or(0, |c| c.messages_sent + c.messages_received)
     }
 
     fn pump(&mut self) {
@@ -402,7 +447,9 @@ impl Function for RemoteFunction {
         if region == RegionIndex::BAR0 {
             let mut state = self.state();
             state.half.register_write(offset, data);
-            state.pump();
+            if offset < DOORBELL_BASE || !state.gathers_doorbells {
+                state.pump();
+            }
         }
         Ok(())
     }

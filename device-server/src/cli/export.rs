@@ -8,7 +8,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use farbus_fabric::wire::ExportName;
+use farbus_shadow_mem::polling::Polling;
 use farbus_vfio::PciAddress;
 use farbus_vfio::sysfs::Host;
 use log::{info, warn};
@@ -66,6 +68,10 @@ pub(super) struct ExportArgs {
     /// Allow an address that other hosts can reach, although nobody is authenticated yet.
     #[arg(long)]
     insecure: bool,
+    /// How an attachment's thread waits: adaptive looks for work for a moment before it sleeps,
+    /// while that pays; always never sleeps; never sleeps at once.
+    #[arg(long, value_name = "POLICY", default_value_t, value_parser = poll_parser())]
+    poll: Polling,
     /// Print the ready line as a JSON object.
     #[arg(long)]
     json: bool,
@@ -143,7 +149,7 @@ fn serve(
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let names = exports.names();
-    let manager = Manager::new(listener, exports)?;
+    let manager = Manager::new(listener, exports, args.poll)?;
     announce(args.json, &names, address, out)?;
     manager.run(signals)?;
     Ok(())
@@ -189,6 +195,10 @@ fn listen(address: &str, insecure: bool) -> anyhow::Result<TcpListener> {
     }
     TcpListener::bind(&addresses[..])
         .with_context(|| format!("cannot listen on {address} (is the port in use?)"))
+}
+
+fn poll_parser() -> impl TypedValueParser<Value = Polling> {
+    PossibleValuesParser::new(Polling::NAMES).try_map(|name| name.parse())
 }
 
 /// A descriptor that becomes readable at SIGTERM or SIGINT.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::MmapRegion;
+use vm_memory::{MmapRegion, VolatileMemory};
 
 use super::raw::{Scatter, check_span};
 use crate::wire::Header;
@@ -79,6 +79,28 @@ impl Landing {
             }
         }
         Ok(true)
+    }
+
+    /// Copies the beginning of the payload, which has been received to elsewhere.
+    pub(super) fn fill(&mut self, bytes: &[u8]) -> Result<(), FabricError> {
+        let mut rest = bytes;
+        for span in self.spans.get(self.next..).unwrap_or_default() {
+            let (now, later) = rest.split_at(rest.len().min(span.len));
+            let slice = span.memory.get_slice(span.offset, now.len());
+            slice
+                .map_err(|_| FabricError::SpanOutOfBounds {
+                    offset: span.offset,
+                    len: span.len,
+                    size: span.memory.size(),
+                })?
+                .copy_from(now);
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        self.advance(bytes.len());
+        Ok(())
     }
 
     /// `bytes` more have arrived. Returns how many of them were beyond the payload.

@@ -41,12 +41,9 @@ pub const MAX_CONTROL: usize = 64 * 1024;
 pub const MAX_PAYLOAD: u32 = 16 * 1024 * 1024;
 /// Least control of a frame that has a payload.
 ///
-/// Because of it, no payload byte is among the first [`LOOK_AHEAD`] bytes of any frame: a
-/// receiver can read that many bytes of a frame it knows nothing about, and still let the
-/// whole payload land where it belongs.
+/// Because of it, a receiver can read the header and so many bytes more of a frame it knows
+/// nothing about, and still let the whole payload land where it belongs.
 pub const MIN_CONTROL_BEFORE_PAYLOAD: usize = 24;
-/// How many bytes of an unknown frame may be read without touching its payload.
-pub const LOOK_AHEAD: usize = HEADER_LEN + MIN_CONTROL_BEFORE_PAYLOAD;
 /// Most entries of a [`Submit`] or [`Complete`] message.
 pub const MAX_ENTRIES: u16 = 256;
 /// First eight bytes of `Hello` and `Welcome`.

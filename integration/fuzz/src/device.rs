@@ -178,7 +178,7 @@ impl Claim {
             }
         }
         self.half.pump(&mut self.session)?;
-        self.half.interrupted(&mut self.session)?;
+        self.half.pump(&mut self.session)?;
         while let Received::Message = self.peer.receive(&mut self.sent)? {}
         self.peer.flush()
     }

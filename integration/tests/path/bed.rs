@@ -16,6 +16,7 @@ use farbus_fabric::FabricError;
 use farbus_fabric::session::{ClaimedLink, client};
 use farbus_fabric::wire::{Epoch, ExportName};
 use farbus_integration::scratch::Scratch;
+use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::{LinkInterest, RemoteFunction};
 use farbus_vfio::Function;
 use farbus_vfio::driver::{DriverConfig, NvmeDriver};
@@ -56,7 +57,7 @@ impl Bed {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let exports = Exports::new(vec![export]);
-        let manager = Manager::new(listener, exports).unwrap();
+        let manager = Manager::new(listener, exports, Polling::Adaptive).unwrap();
         let (stop, stopped) = UnixStream::pair().unwrap();
         let stopped: OwnedFd = stopped.into();
         let manager = std::thread::spawn(move || manager.run(&stopped).unwrap());

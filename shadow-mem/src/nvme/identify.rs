@@ -1,6 +1,6 @@
 //! The Identify data that a guest gets: the device's own, less what cannot cross.
 
-use farbus_vfio::nvme::PAGE_SIZE;
+use farbus_vfio::nvme::{PAGE_SIZE, SubmissionEntry, admin};
 use vm_memory::volatile_memory::VolatileSlice;
 use vm_memory::{Bytes, VolatileMemory};
 
@@ -31,7 +31,7 @@ mod at {
 
 /// Optional admin commands (OACS) that the engine carries: device self-test (bit 4) and Get
 /// LBA Status (bit 9). Not lent: security, format, firmware, namespace management,
-/// directives, NVMe-MI, virtualization, doorbell buffers.
+/// directives, NVMe-MI, virtualization. Doorbell buffers are the compute half's own.
 const OACS_KEPT: u16 = 1 << 4 | 1 << 9;
 
 /// Optional NVM commands (ONCS) that the engine does not carry: reservations (bit 5), which a
@@ -41,6 +41,17 @@ const ONCS_HIDDEN: u16 = 1 << 5 | 1 << 8;
 const LPA_HIDDEN: u8 = 1 << 3 | 1 << 4;
 /// Most asynchronous event requests at a time, 0's based: they hold admin tags for ever.
 const MAX_AERL: u8 = 15;
+
+/// The byte of the Identify Controller data that tells of Doorbell Buffer Config, and its bit
+/// there: OACS bit 8.
+pub const DOORBELL_BUFFER_BYTE: u64 = at::OACS as u64 + 1;
+/// See [`DOORBELL_BUFFER_BYTE`].
+pub const DOORBELL_BUFFER_BIT: u8 = 1;
+
+/// Whether a command asks for the Identify Controller data.
+pub fn is_of_controller(sqe: &SubmissionEntry) -> bool {
+    sqe.opcode() == admin::IDENTIFY && sqe.dword(10) as u8 == CNS_CONTROLLER
+}
 
 /// log2, in pages, of the largest transfer.
 pub fn mdts(max_transfer: u32) -> u8 {

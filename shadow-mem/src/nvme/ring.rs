@@ -38,6 +38,10 @@ impl SubmissionRing {
     pub fn head(&self) -> u16 {
         self.head as u16
     }
+    /// The last tail that was taken.
+    pub fn tail(&self) -> u32 {
+        self.tail
+    }
     /// Number of entries of the ring.
     pub fn size(&self) -> u32 {
         self.size
@@ -82,6 +86,10 @@ impl CompletionRing {
             self.head = head;
         }
         valid
+    }
+    /// The last head that was taken.
+    pub fn head(&self) -> u32 {
+        self.head
     }
     /// Index and phase of the entry to post next. The caller has checked [`Self::is_full`].
     pub fn next(&self) -> (u32, bool) {

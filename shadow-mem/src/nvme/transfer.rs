@@ -42,7 +42,6 @@ pub(super) mod feature {
     pub(crate) const LBA_RANGE_TYPE: u8 = 0x03;
     pub(crate) const TEMPERATURE_THRESHOLD: u8 = 0x04;
     pub(crate) const NUMBER_OF_QUEUES: u8 = 0x07;
-    pub(crate) const INTERRUPT_VECTOR: u8 = 0x09;
     pub(crate) const AUTONOMOUS_POWER: u8 = 0x0c;
     pub(crate) const HOST_MEMORY_BUFFER: u8 = 0x0d;
     pub(crate) const TIMESTAMP: u8 = 0x0e;

@@ -115,7 +115,7 @@ impl Claim {
 
     /// The device has signalled; the completions that come of it.
     pub(crate) fn completed(&mut self) -> Vec<CompleteEntry> {
-        self.half.interrupted(&mut self.session).unwrap();
+        self.half.pump(&mut self.session).unwrap();
         self.wire.take_completed()
     }
 

@@ -25,6 +25,7 @@ pub(crate) const MEMORY_LEN: usize = 1 << 20;
 pub(crate) const DATA: u64 = 0x4_0000;
 pub(crate) const SHADOW_LEN: u32 = 16 << 20;
 pub(crate) const TAGS: u16 = 1024;
+pub(crate) const SQE_BYTES: u64 = SQE_SIZE as u64;
 /// Entries of every ring.
 pub(crate) const ENTRIES: u32 = 32;
 /// CC of a driver that enables the controller.

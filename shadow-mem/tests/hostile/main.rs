@@ -11,7 +11,9 @@
     reason = "a test that cannot go on fails"
 )]
 
+mod coalescing;
 mod device;
+mod doorbells;
 mod fake_nvme;
 mod guest;
 mod remote;

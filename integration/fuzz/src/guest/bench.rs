@@ -77,7 +77,7 @@ impl Peer {
             }
         }
         self.half.pump(&mut self.session)?;
-        self.half.interrupted(&mut self.session)
+        self.half.pump(&mut self.session)
     }
 }
 

@@ -28,24 +28,25 @@ const STUCK_NS: u64 = 30_000_000_000;
 /// Empty looks at the queues between looks at the clock.
 const LOOKS: u32 = 64;
 
-pub(crate) fn run(args: &BenchArgs, specs: Vec<TargetSpec>) -> anyhow::Result<()> {
+pub(crate) fn run(args: &BenchArgs, specs: &[TargetSpec]) -> anyhow::Result<()> {
     let (ready, is_ready) = channel();
     let figures = std::thread::scope(|scope| {
         let mut threads = Vec::new();
-        for spec in &specs {
+        for spec in specs {
             let (go, gone) = channel();
             let ready = ready.clone();
-            let thread = scope
-                .spawn(move || drive(spec, args, &ready, &gone).with_context(|| spec.to_string()));
+            let thread = scope.spawn(move || {
+                let outcome = drive(spec, args, &ready, &gone);
+                if outcome.is_err() {
+                    // Nobody listens any more if it was ready before it failed.
+                    let _ = ready.send(false);
+                }
+                outcome.with_context(|| spec.to_string())
+            });
             threads.push((thread, go));
         }
-        drop(ready);
-        // All begin together, once each is ready or has failed.
-        let mut count = 0;
-        while count < specs.len() && is_ready.recv().is_ok() {
-            count += 1;
-        }
-        let all = count == specs.len();
+        // All begin together, or none does.
+        let all = is_ready.iter().take(specs.len()).all(|is_ready| is_ready);
         let mut figures = Vec::new();
         let threads: Vec<_> = threads
             .into_iter()
@@ -72,7 +73,7 @@ pub(crate) fn run(args: &BenchArgs, specs: Vec<TargetSpec>) -> anyhow::Result<()
         }
         failure.map_or(Ok(figures), Err)
     })?;
-    report(args, &specs, &figures)
+    report(args, specs, &figures)
 }
 
 /// Another target could not be made ready.
@@ -113,7 +114,7 @@ fn report(args: &BenchArgs, specs: &[TargetSpec], figures: &[Figures]) -> anyhow
 fn drive(
     spec: &TargetSpec,
     args: &BenchArgs,
-    ready: &Sender<()>,
+    ready: &Sender<bool>,
     go: &Receiver<()>,
 ) -> anyhow::Result<Figures> {
     let target = Target::open(spec)?;
@@ -160,7 +161,7 @@ fn drive(
         loads,
         before: Before::default(),
     };
-    ready.send(()).map_err(|_| CalledOff)?;
+    ready.send(true).map_err(|_| CalledOff)?;
     go.recv().map_err(|_| CalledOff)?;
     run.start = Instant::now();
     run.all(args)?;

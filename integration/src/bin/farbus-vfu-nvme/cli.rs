@@ -251,9 +251,9 @@ impl Cli {
     /// Runs the command to its end.
     pub(crate) fn run(self) -> ExitCode {
         let outcome = match &self.command {
-            Command::Identify(args) => specs(&args.targets).and_then(|s| identify::run(args, s)),
-            Command::Verify(args) => specs(&args.targets).and_then(|s| verify::run(args, s)),
-            Command::Bench(args) => specs(&args.targets).and_then(|s| bench::run(args, s)),
+            Command::Identify(args) => specs(&args.targets).and_then(|s| identify::run(args, &s)),
+            Command::Verify(args) => specs(&args.targets).and_then(|s| verify::run(args, &s)),
+            Command::Bench(args) => specs(&args.targets).and_then(|s| bench::run(args, &s)),
             Command::Serve(args) => serve::run(args),
         };
         match outcome {

@@ -10,7 +10,7 @@ use crate::target::{Target, TargetSpec};
 /// DMA memory for admin commands, in bytes.
 const MEMORY: usize = 1 << 20;
 
-pub(crate) fn run(args: &IdentifyArgs, specs: Vec<TargetSpec>) -> anyhow::Result<()> {
+pub(crate) fn run(args: &IdentifyArgs, specs: &[TargetSpec]) -> anyhow::Result<()> {
     let facts = specs
         .iter()
         .map(|spec| identify(spec, !args.targets.no_dbbuf).with_context(|| spec.to_string()))

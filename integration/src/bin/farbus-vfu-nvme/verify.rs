@@ -23,10 +23,10 @@ const OTHER_MEMORY: usize = 64 * PAGE_SIZE;
 /// No command takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub(crate) fn run(args: &VerifyArgs, specs: Vec<TargetSpec>) -> anyhow::Result<()> {
+pub(crate) fn run(args: &VerifyArgs, specs: &[TargetSpec]) -> anyhow::Result<()> {
     let mut reports = Vec::new();
     let mut failed = 0;
-    for spec in &specs {
+    for spec in specs {
         let outcome = verify(spec, args).with_context(|| spec.to_string());
         let report = match &outcome {
             Ok(bytes) => json!({ "target": spec.to_string(), "ok": true, "bytes": bytes }),

@@ -58,7 +58,7 @@ impl Workload {
     fn random(&mut self, below: u64) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         // Multiplying instead of dividing: a few numbers are one 2^64th likelier than others.
-        (u128::from(mix(self.random)) * u128::from(below) >> 64) as u64
+        ((u128::from(mix(self.random)) * u128::from(below)) >> 64) as u64
     }
 
     /// The next command, and whether it reads.

@@ -24,7 +24,13 @@ pub(super) enum Verdict {
 impl ComputeHalf {
     /// Looks at an admin command before it is sent.
     pub(super) fn admit(&mut self, mut sqe: SubmissionEntry) -> Verdict {
+        if let Some((status, result)) = self.answer_coalescing(&sqe) {
+            return Verdict::Complete(status, result);
+        }
         let verdict = match sqe.opcode() {
+            admin::DOORBELL_BUFFER => {
+                return Verdict::Complete(self.configure_doorbells(&sqe), 0);
+            }
             admin::CREATE_CQ => self.check_create_cq(&sqe),
             admin::CREATE_SQ => self.check_create_sq(&sqe),
             admin::DELETE_SQ => self.check_delete_sq(&sqe).inspect(|()| {
@@ -63,6 +69,7 @@ impl ComputeHalf {
             admin::CREATE_CQ => {
                 let vector = (sqe.dword(11) & 2 != 0).then_some((sqe.dword(11) >> 16) as u16);
                 let made = CompletionQueue::new(sqe.prp1(), queue_size(sqe), vector);
+                self.clear_doorbell(queue, true);
                 if let Some(slot) = self.queues.completion.get_mut(usize::from(queue)) {
                     *slot = Some(made);
                 }
@@ -70,6 +77,7 @@ impl ComputeHalf {
             admin::CREATE_SQ => {
                 let completion = (sqe.dword(11) >> 16) as u16;
                 let made = SubmissionQueue::new(sqe.prp1(), queue_size(sqe), completion);
+                self.clear_doorbell(queue, false);
                 if let Some(slot) = self.queues.submission.get_mut(usize::from(queue)) {
                     *slot = Some(made);
                 }
@@ -238,12 +246,11 @@ fn clamp_halves(dword: u32, limit: u32) -> u32 {
 }
 
 /// What a setting is of: namespace, feature, and for features with several values which one
-/// (NVMe 1.4 §5.21.1.4: threshold type and sensor; §5.21.1.9: interrupt vector).
+/// (NVMe 1.4 §5.21.1.4: threshold type and sensor).
 fn feature_key(sqe: &SubmissionEntry) -> (u32, u8, u32) {
     let id = sqe.dword(10) as u8;
     let which = match id {
         feature::TEMPERATURE_THRESHOLD => sqe.dword(11) & 0x003f_0000,
-        feature::INTERRUPT_VECTOR => sqe.dword(11) & 0xffff,
         _ => 0,
     };
     (sqe.nsid(), id, which)

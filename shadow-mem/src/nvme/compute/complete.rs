@@ -7,6 +7,7 @@ use farbus_vfio::RegionIndex;
 use farbus_vfio::nvme::{CompletionEntry, Status};
 use log::debug;
 
+use super::super::identify;
 use super::super::transfer::Transfer;
 use super::ComputeHalf;
 use super::tags::{Origin, State};
@@ -88,6 +89,7 @@ impl ComputeHalf {
             status = Status::DATA_TRANSFER_ERROR;
         }
         let (sqe, queue) = (command.sqe, command.queue);
+        let data = (command.shadow, command.segments);
         if command.origin == Origin::Replay {
             self.shadow.release(command.shadow);
             self.tags.free(entry.tag);
@@ -95,7 +97,12 @@ impl ComputeHalf {
             return Ok(());
         }
         let result = match queue {
-            0 => self.settle(&sqe, status, entry.result),
+            0 => {
+                if status.is_success() && identify::is_of_controller(&sqe) {
+                    self.offer_doorbells(data.0, data.1);
+                }
+                self.settle(&sqe, status, entry.result)
+            }
             _ => entry.result,
         };
         self.complete(entry.tag, status, result);
@@ -124,15 +131,14 @@ impl ComputeHalf {
 
     /// Posts held completions while there is room.
     pub(super) fn post_held(&mut self, id: u16) {
-        while let Some(cq) = self
-            .queues
-            .completion
-            .get_mut(usize::from(id))
-            .and_then(Option::as_mut)
-        {
-            if cq.ring.is_full() {
+        while let Some(cq) = self.queues.cq(id) {
+            if cq.held.is_empty() || cq.ring.is_full() && !self.finds_room(id) {
                 return;
             }
+            let cq = self.queues.completion.get_mut(usize::from(id));
+            let Some(cq) = cq.and_then(Option::as_mut) else {
+                return;
+            };
             let Some(tag) = cq.held.pop_front() else {
                 return;
             };

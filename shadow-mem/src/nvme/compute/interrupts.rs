@@ -1,6 +1,8 @@
-//! The guest's interrupt vectors: which eventfd each signals, and what waits while masked.
+//! The guest's interrupt vectors: which eventfd each signals, what waits while masked, and what
+//! is held back for the guest that asked for fewer interrupts (`coalescing`).
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use farbus_vfio::FunctionError;
 use vmm_sys_util::eventfd::EventFd;
@@ -11,15 +13,34 @@ struct Vector {
     masked: bool,
     /// Raised while masked or without an eventfd.
     pending: bool,
-    /// Raised in the batch at hand, not signalled yet.
-    raised: bool,
+    /// Completions that were posted since the last signal.
+    raised: u32,
+    /// When the first of them was held back.
+    held_since: Option<Instant>,
+    /// Coalescing does not apply to it (NVMe 1.4 §5.21.1.9).
+    exempt: bool,
+}
+
+/// How far interrupts are held back (NVMe 1.4 §5.21.1.8): until there are so many completions,
+/// or the first of them has waited for so long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Coalescing {
+    pub(super) completions: u32,
+    pub(super) time: Duration,
+}
+
+impl Coalescing {
+    fn is_on(self) -> bool {
+        self.completions > 1 && !self.time.is_zero()
+    }
 }
 
 /// The MSI-X vectors of the function.
 pub(super) struct Interrupts {
     vectors: Vec<Vector>,
-    /// The vectors whose `raised` is set, so that a batch signals each once.
+    /// The vectors whose `raised` is not 0, so that a batch signals each once.
     raised: Vec<u16>,
+    coalescing: Coalescing,
 }
 
 impl Interrupts {
@@ -27,6 +48,7 @@ impl Interrupts {
         Self {
             vectors: (0..count).map(|_| Vector::default()).collect(),
             raised: Vec::with_capacity(count as usize),
+            coalescing: Coalescing::default(),
         }
     }
 
@@ -71,34 +93,97 @@ impl Interrupts {
     /// Notes that a vector is to be signalled at the end of the batch.
     pub(super) fn raise(&mut self, vector: u16) {
         if let Some(entry) = self.vectors.get_mut(usize::from(vector)) {
-            if !std::mem::replace(&mut entry.raised, true) {
+            if entry.raised == 0 {
                 self.raised.push(vector);
             }
+            entry.raised += 1;
         }
     }
 
     /// Signals what the batch has raised, after all of its completions are in guest memory.
     pub(super) fn signal(&mut self) {
-        for vector in self.raised.drain(..) {
-            if let Some(entry) = self.vectors.get_mut(usize::from(vector)) {
-                entry.raised = false;
-                if entry.masked || entry.event.is_none() {
-                    entry.pending = true;
-                } else {
-                    signal(entry);
-                }
+        if self.raised.is_empty() {
+            return;
+        }
+        let coalescing = self.coalescing;
+        let now = coalescing.is_on().then(Instant::now);
+        self.raised.retain(|&vector| {
+            let Some(entry) = self.vectors.get_mut(usize::from(vector)) else {
+                return false;
+            };
+            if now.is_some_and(|now| holds_back(coalescing, vector, entry, now)) {
+                return true;
             }
+            entry.raised = 0;
+            entry.held_since = None;
+            if entry.masked || entry.event.is_none() {
+                entry.pending = true;
+            } else {
+                signal(entry);
+            }
+            false
+        });
+    }
+
+    /// When [`Self::signal`] must be called at the latest, if anything is held back.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let held = self.raised.iter().filter_map(|&vector| {
+            let since = self.vectors.get(usize::from(vector))?.held_since?;
+            Some(since + self.coalescing.time)
+        });
+        held.min()
+    }
+
+    /// What the guest has asked for.
+    pub(super) fn coalescing(&self) -> Coalescing {
+        self.coalescing
+    }
+
+    /// Takes what the guest asks for.
+    pub(super) fn set_coalescing(&mut self, coalescing: Coalescing) {
+        self.coalescing = coalescing;
+    }
+
+    /// Whether coalescing does not apply to a vector; `None` if there is no such vector.
+    pub(super) fn is_exempt(&self, vector: u32) -> Option<bool> {
+        Some(self.vectors.get(vector as usize)?.exempt)
+    }
+
+    /// Exempts a vector from coalescing, or not.
+    pub(super) fn set_exempt(&mut self, vector: u32, exempt: bool) {
+        if let Some(entry) = self.vectors.get_mut(vector as usize) {
+            entry.exempt = exempt;
         }
     }
 
-    /// Forgets what is pending; the eventfds stay.
+    /// Forgets what is pending and how it is coalesced; the eventfds stay.
     pub(super) fn reset(&mut self) {
-        self.raised.clear();
+        self.forget_coalescing();
         for vector in &mut self.vectors {
             vector.pending = false;
-            vector.raised = false;
         }
     }
+
+    /// As a controller reset does: nothing is held back any more.
+    pub(super) fn forget_coalescing(&mut self) {
+        self.raised.clear();
+        self.coalescing = Coalescing::default();
+        for vector in &mut self.vectors {
+            vector.raised = 0;
+            vector.held_since = None;
+            vector.exempt = false;
+        }
+    }
+}
+
+/// Whether a vector's signal waits for more. Vector 0 is the admin queue's: its completions
+/// are never held back (NVMe 1.4 §7.5.1).
+fn holds_back(coalescing: Coalescing, vector: u16, entry: &mut Vector, now: Instant) -> bool {
+    if vector == 0 || entry.exempt || entry.raised >= coalescing.completions {
+        return false;
+    }
+    let since = *entry.held_since.get_or_insert(now);
+    now.duration_since(since) < coalescing.time
 }
 
 /// Makes up for what was raised while it could not be signalled. A VMM that adds vectors

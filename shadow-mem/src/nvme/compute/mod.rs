@@ -7,7 +7,9 @@
 //! link the controller is rebuilt from what the guest had set up (`replay`).
 
 mod admin;
+mod coalescing;
 mod complete;
+mod doorbells;
 mod interrupts;
 mod lifecycle;
 mod queues;
@@ -20,6 +22,7 @@ mod tags;
 pub use replay::Changed;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use farbus_fabric::wire::{self, Message, Tag};
 use farbus_fabric::{FabricError, Span};
@@ -29,6 +32,7 @@ use log::debug;
 use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::doorbells::ShadowDoorbells;
 use self::interrupts::Interrupts;
 use self::lifecycle::{Lifecycle, Phase};
 use self::queues::Queues;
@@ -57,6 +61,7 @@ pub struct ComputeHalf {
     life: Lifecycle,
     memory: GuestMemory,
     queues: Queues,
+    shadow_doorbells: Option<ShadowDoorbells>,
     tags: Tags,
     shadow: ShadowAllocator,
     segments: Segments,
@@ -90,6 +95,7 @@ impl ComputeHalf {
             life: Lifecycle::new(),
             memory: GuestMemory::default(),
             queues: Queues::new(),
+            shadow_doorbells: None,
             tags: Tags::new(tags),
             shadow: ShadowAllocator::new(shadow_len),
             segments: Segments::new(shadow_len, description.max_transfer),
@@ -139,28 +145,29 @@ impl ComputeHalf {
         if self.life.phase != Phase::Ready {
             return;
         }
+        // With a shadow doorbell it says that there is something to look at; its value may be
+        // older than what was seen there already.
+        let is_hint = queue > 0 && self.shadow_doorbells.is_some();
         if completion {
-            let valid = self
-                .queues
-                .cq(queue)
-                .is_some_and(|cq| cq.ring.set_head(value));
-            if valid {
+            let cq = self.queues.cq(queue);
+            if is_hint || cq.is_some_and(|cq| cq.ring.set_head(value)) {
                 self.post_held(queue);
                 self.interrupts.signal();
             } else {
                 debug!("ignored head {value} for completion queue {queue}");
             }
-        } else if !self
-            .queues
-            .sq(queue)
-            .is_some_and(|sq| sq.ring.set_tail(value))
-        {
-            debug!("ignored tail {value} for submission queue {queue}");
+        } else if !is_hint {
+            let sq = self.queues.sq(queue);
+            if !sq.is_some_and(|sq| sq.ring.set_tail(value)) {
+                debug!("ignored tail {value} for submission queue {queue}");
+            }
         }
     }
 
     fn drop_commands(&mut self) {
         self.queues.clear();
+        self.shadow_doorbells = None;
+        self.interrupts.forget_coalescing();
         self.replay = None;
         self.release(|state| matches!(state, State::Queued | State::Held { .. }));
         for (_, command) in self.tags.in_use() {
@@ -228,6 +235,17 @@ impl ComputeHalf {
         self.interrupts.mask(vector, masked)
     }
 
+    /// When [`Self::pump`] must be called at the latest, because an interrupt is held back as
+    /// the guest asked for.
+    pub fn due(&self) -> Option<Instant> {
+        self.interrupts.due()
+    }
+
+    /// Signals the interrupts that are due.
+    pub fn signal_interrupts(&mut self) {
+        self.interrupts.signal();
+    }
+
     /// Sends all that waits: resets, register writes, then new commands while the link takes
     /// them.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
@@ -237,6 +255,7 @@ impl ComputeHalf {
         }
         self.send_changes(session)?;
         if self.life.takes_commands() {
+            self.look_at_doorbells();
             self.send_commands(session)?;
         }
         self.interrupts.signal();

@@ -2,7 +2,7 @@
 
 use farbus_fabric::wire::{Direction, Placement, QueueId, Tag};
 use farbus_fabric::{FabricError, Span};
-use farbus_vfio::nvme::{SQE_SIZE, Status, SubmissionEntry};
+use farbus_vfio::nvme::{SQE_SIZE, Status, SubmissionEntry, admin};
 
 use super::super::description::ADMIN_QUEUE_ENTRIES;
 use super::super::transfer::{self, Transfer};
@@ -118,6 +118,8 @@ impl ComputeHalf {
         }
         let completion_queue = sq.completion_queue;
         let transfer = match queue {
+            // Its PRPs are no data: this half looks there from now on.
+            0 if sqe.opcode() == admin::DOORBELL_BUFFER => Ok(Transfer::None),
             0 => transfer::of_admin(&sqe),
             _ => transfer::of_nvm(&sqe, &self.description.namespaces),
         };

@@ -157,7 +157,7 @@ impl DeviceHalf {
                     *slot = None;
                 }
             }
-            admin::IDENTIFY if sqe.dword(10) as u8 == identify::CNS_CONTROLLER => {
+            _ if identify::is_of_controller(sqe) => {
                 let data = self
                     .shadow
                     .memory

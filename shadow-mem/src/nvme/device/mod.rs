@@ -202,8 +202,8 @@ impl DeviceHalf {
         &self.shadow
     }
 
-    /// Becomes readable when the device has signalled an interrupt; [`Self::interrupted`]
-    /// then.
+    /// Is signalled with the device's interrupts; [`Self::pump`] then. Nobody needs to read it
+    /// who takes each signal for an event (edge-triggered).
     pub fn interrupt(&self) -> &EventFd {
         &self.event
     }
@@ -227,14 +227,8 @@ impl DeviceHalf {
         self.gone.as_deref()
     }
 
-    /// The device has signalled: sends what it completed.
-    pub fn interrupted(&mut self, session: &mut Session) -> Result<(), FabricError> {
-        // Whatever comes after this read signals again.
-        let _ = self.event.read();
-        self.pump(session)
-    }
-
-    /// Sends answers and updates, and whatever else waited for the network.
+    /// Sends answers, updates, what the device has completed, and whatever else waited for the
+    /// network.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
         self.send_outbox(session)?;
         self.send_completions(session)?;
