@@ -172,7 +172,8 @@ fn attach_vhost_user(
     let socket = socket.map_err(|error| Failure(4, error))?;
     let options = args.vhost_user.options();
     let failed = |error| Failure(1, error);
-    let mut worker = vhost_user::worker::Worker::new(remote, source, options).map_err(failed)?;
+    let mut worker =
+        vhost_user::worker::Worker::new(remote, source, options, args.poll).map_err(failed)?;
     worker
         .start()
         .context("the drive cannot be used")

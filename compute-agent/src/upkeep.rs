@@ -42,8 +42,8 @@ pub struct Upkeep {
     watched: Option<LinkInterest>,
     /// What the event loop is told with the link's events.
     data: u32,
-    /// More may have arrived than was received.
-    more: bool,
+    /// Something has arrived, or may have.
+    ready: bool,
     /// When the link at hand was made.
     linked: Instant,
     /// How long to wait before the next attempt to get one.
@@ -60,7 +60,7 @@ impl Upkeep {
             reconnect: None,
             watched: None,
             data,
-            more: false,
+            ready: false,
             linked: Instant::now(),
             pause: Duration::ZERO,
         })
@@ -72,16 +72,18 @@ impl Upkeep {
     }
 
     /// The link has events.
-    pub fn service(&mut self) {
-        self.more = self.remote.service();
+    pub fn ready(&mut self) {
+        self.ready = true;
     }
 
-    /// Receives what the link's descriptor need not tell of; whether there may be yet more.
-    pub fn receive_more(&mut self) -> bool {
-        if self.more {
-            self.more = self.remote.service();
+    /// Receives what has arrived, if anything may have or the event loop `looks`; whether there
+    /// was anything.
+    pub fn receive(&mut self, looks: bool) -> bool {
+        if !looks && !self.ready {
+            return false;
         }
-        self.more
+        self.ready = self.remote.service();
+        self.ready
     }
 
     /// Replaces a link that was lost, and waits for what the link at hand waits for.

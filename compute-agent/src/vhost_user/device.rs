@@ -48,6 +48,8 @@ pub enum Change {
 /// What came of [`Device::work`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Worked {
+    /// There was something to do.
+    pub any: bool,
     /// There may be more to do at once.
     pub more: bool,
     /// The configuration space has changed.
@@ -217,8 +219,9 @@ impl Device {
         self.drive.as_mut().map_or(Ok(()), Drive::look_again)
     }
 
-    /// Does what can be done: takes requests, submits commands, answers.
-    pub fn work(&mut self) -> std::result::Result<Worked, DriverError> {
+    /// Does what can be done: takes requests, submits commands, answers. With `looks`, queues are
+    /// looked at that were not kicked.
+    pub fn work(&mut self, looks: bool) -> std::result::Result<Worked, DriverError> {
         let Some(drive) = &mut self.drive else {
             return Ok(Worked::default());
         };
@@ -230,8 +233,8 @@ impl Device {
             drive.poll(&mut self.done)?;
             if drive.in_flight() > 0 {
                 return Ok(Worked {
-                    more: false,
                     changed,
+                    ..Worked::default()
                 });
             }
             self.fenced = false;
@@ -240,9 +243,11 @@ impl Device {
             }
         }
         self.start_rings();
+        let mut any = false;
         let mut more = true;
         for _ in 0..ROUNDS {
-            more = self.round()?;
+            more = self.round(looks)?;
+            any |= more;
             if !more {
                 break;
             }
@@ -250,10 +255,10 @@ impl Device {
         for vring in &mut self.vrings {
             vring.tell(self.memory.guest());
         }
-        Ok(Worked { more, changed })
+        Ok(Worked { any, more, changed })
     }
 
-    fn round(&mut self) -> std::result::Result<bool, DriverError> {
+    fn round(&mut self, looks: bool) -> std::result::Result<bool, DriverError> {
         let implied = self.acked & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
         let context = context!(self);
         let Some(drive) = &mut self.drive else {
@@ -265,7 +270,7 @@ impl Device {
             let Some(ring) = &mut vring.ring else {
                 continue;
             };
-            if takes && (vring.kicked || vring.kick.is_none()) {
+            if takes && (vring.kicked || looks || vring.kick.is_none()) {
                 vring.kicked = ring.take(&context);
                 any |= vring.kicked;
             }
@@ -282,6 +287,22 @@ impl Device {
             }
         }
         Ok(any)
+    }
+
+    /// Has the guest kick when it has something, before this process sleeps. Whether it has
+    /// something already.
+    pub fn arm(&mut self) -> bool {
+        let mut more = false;
+        for vring in &mut self.vrings {
+            if let Some(ring) = &mut vring.ring {
+                let any = ring.arm(self.memory.guest());
+                vring.kicked |= any;
+                // One that is not to be taken from has its turn when it is; one without a kick
+                // is a VMM's way to ask for polling.
+                more |= (any || vring.kick.is_none()) && vring.enabled && !vring.draining;
+            }
+        }
+        more
     }
 
     fn start_rings(&mut self) {

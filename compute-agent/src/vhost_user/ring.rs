@@ -63,6 +63,8 @@ pub struct Ring {
     outstanding: usize,
     parts: Vec<Part>,
     broken: bool,
+    /// The guest kicks when it has something.
+    armed: bool,
     /// Answers that the guest was not told of.
     untold: bool,
 }
@@ -80,6 +82,7 @@ impl Ring {
             outstanding: 0,
             parts: Vec::with_capacity(chain::MAX_PARTS),
             broken: false,
+            armed: true,
             // The guest may wait for answers that a former backend did not tell it of.
             untold: true,
         }
@@ -121,7 +124,7 @@ impl Ring {
         }
     }
 
-    /// Takes new requests; whether there may be more.
+    /// Takes new requests; whether there may be more. The guest need not kick from now on.
     pub fn take(&mut self, context: &Context<'_>) -> bool {
         if self.broken {
             return false;
@@ -132,9 +135,26 @@ impl Ring {
         })
     }
 
+    /// Has the guest kick when it has something, before this process sleeps. Whether it has
+    /// something already.
+    pub fn arm(&mut self, guest: &Guest) -> bool {
+        if self.broken || std::mem::replace(&mut self.armed, true) {
+            return false;
+        }
+        let more = self.queue.enable_notification(guest);
+        self.armed = matches!(more, Ok(false));
+        more.map_err(BrokenRing::Ring).unwrap_or_else(|error| {
+            self.break_down(&error);
+            false
+        })
+    }
+
     fn take_some(&mut self, context: &Context<'_>) -> Result<bool, BrokenRing> {
         let guest = context.guest;
-        self.queue.disable_notification(guest)?;
+        if std::mem::take(&mut self.armed) {
+            self.queue.disable_notification(guest)?;
+        }
+        let mut unread = false;
         // A driver that is faster than this loop has its next turn later.
         for _ in 0..self.requests.len() {
             let next = self
@@ -143,19 +163,17 @@ impl Ring {
                 .next()
                 .map(|chain| chain.head_index());
             let Some(head) = next else {
-                if !self.queue.enable_notification(guest)? {
+                let available = self.queue.avail_idx(guest, Ordering::Acquire)?.0;
+                if available == self.queue.next_avail() {
                     return Ok(false);
                 }
-                // Something came just now. Had it been there before, it could not be read.
-                self.queue.disable_notification(guest)?;
-                let available = self.queue.avail_idx(guest, Ordering::Acquire)?.0;
-                let taken = self.queue.next_avail();
-                if available != taken && self.queue.iter(guest)?.next().is_none() {
+                // It came just now; had it been there before, it could not be read.
+                if std::mem::replace(&mut unread, true) {
                     return Err(BrokenRing::Unreadable);
                 }
-                self.queue.set_next_avail(taken);
                 continue;
             };
+            unread = false;
             if let Some(inflight) = &mut self.inflight {
                 inflight.begin(head);
             }

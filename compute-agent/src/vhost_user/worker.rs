@@ -13,6 +13,7 @@ use anyhow::Context as _;
 use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
+use farbus_shadow_mem::polling::{Polling, Waiter};
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
 use log::{debug, info, warn};
@@ -21,7 +22,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::channel::{Channel, Ended, Served};
 use super::config::Options;
-use super::device::{Change, Device};
+use super::device::{Change, Device, Worked};
 use super::drive::{BringUp, Drive};
 use super::socket::Socket;
 use crate::reconnect::Source;
@@ -30,6 +31,11 @@ use crate::vfio_user::peer::pid_of;
 
 /// Messages of a VMM before other work has its turn.
 const BURST: usize = 16;
+/// Looks at the link and the queues between two at everything else.
+const LOOKS_PER_WAIT: u32 = 4;
+/// How often the link is looked after while another thread brings the drive up: what that writes
+/// to doorbells waits for it.
+const WHILE_BROUGHT_UP: Duration = Duration::from_millis(1);
 /// Pause before a drive that could not be brought up is tried again.
 const PAUSE: Duration = Duration::from_secs(2);
 
@@ -122,6 +128,11 @@ pub struct Worker {
     /// Its next message waits until a queue has stopped.
     waits: bool,
     due: Instant,
+    waiter: Waiter,
+    /// Rounds since the event loop was last asked.
+    looks: u32,
+    /// Nothing is to be waited for yet.
+    looking: bool,
     ended: bool,
 }
 
@@ -131,7 +142,9 @@ impl Worker {
         remote: Arc<RemoteFunction>,
         source: Source,
         options: Options,
+        polling: Polling,
     ) -> anyhow::Result<Self> {
+        remote.gather_doorbells();
         let mut reactor = Reactor::new()?;
         let upkeep = Upkeep::new(remote.clone(), source, LINK)?;
         let signals = signals()?;
@@ -156,6 +169,9 @@ impl Worker {
             unread: false,
             waits: false,
             due: Instant::now() + TICK,
+            waiter: Waiter::new(polling),
+            looks: 0,
+            looking: false,
             ended: false,
         })
     }
@@ -232,23 +248,50 @@ impl Worker {
         Arc::new(Mutex::new(device))
     }
 
-    /// Waits for something to happen, and does what comes of it.
+    /// Does what there is to do, and waits if there is nothing.
     fn turn(&mut self) -> anyhow::Result<()> {
-        let at_once = self.upkeep.receive_more() || self.unread;
+        let received = self.upkeep.receive(self.looking || self.bring_up.is_some());
         let worked = self.work()?;
-        let timeout = if at_once || worked {
-            Duration::ZERO
-        } else {
-            self.due.saturating_duration_since(Instant::now())
-        };
-        self.reactor.wait(timeout)?;
+        // What was put into the drive's queues goes out at once, in one message.
+        let sent = self.remote.pump();
+        let busy = received || worked.any || sent || self.unread;
+        if busy {
+            self.waiter.found();
+        }
+        self.looking = busy || worked.more || self.waiter.looks_again() || self.arm();
+        self.looks = self.looks.wrapping_add(1);
+        if self.looking && self.looks % LOOKS_PER_WAIT != 0 && !self.unread {
+            return Ok(());
+        }
+        self.wait()?;
         self.handle_events()?;
         if Instant::now() >= self.due {
             self.due = Instant::now() + TICK;
             self.tick()?;
         }
         self.upkeep.look_after(&mut self.reactor.ops()?)?;
-        self.serve()?;
+        self.serve()
+    }
+
+    /// Has the guest kick; whether it has something already.
+    fn arm(&self) -> bool {
+        self.device
+            .as_ref()
+            .is_some_and(|device| lock(device).arm())
+    }
+
+    fn wait(&mut self) -> anyhow::Result<()> {
+        if self.looking {
+            return self.reactor.wait(Duration::ZERO);
+        }
+        let asleep = Instant::now();
+        let left = self.due.saturating_duration_since(asleep);
+        let most = match self.bring_up {
+            Some(_) => WHILE_BROUGHT_UP,
+            None => TICK,
+        };
+        self.reactor.wait(left.min(most))?;
+        self.waiter.slept(asleep.elapsed());
         Ok(())
     }
 
@@ -256,7 +299,7 @@ impl Worker {
         let events = std::mem::take(&mut self.reactor.events);
         for event in &events {
             match event.data() {
-                LINK => self.upkeep.service(),
+                LINK => self.upkeep.ready(),
                 SIGNALS => self.ended = true,
                 CLAIMED => {
                     let linked = self.upkeep.claimed(&mut self.reactor.ops()?)?;
@@ -297,16 +340,15 @@ impl Worker {
         Ok(())
     }
 
-    /// Whether there is more to do at once.
-    fn work(&mut self) -> anyhow::Result<bool> {
+    fn work(&mut self) -> anyhow::Result<Worked> {
         let Some(device) = &self.device else {
-            return Ok(false);
+            return Ok(Worked::default());
         };
-        let worked = lock(device).work().context("the drive")?;
+        let worked = lock(device).work(self.looking).context("the drive")?;
         if let (true, Some(channel)) = (worked.changed, &mut self.channel) {
             channel.config_changed();
         }
-        Ok(worked.more)
+        Ok(worked)
     }
 
     /// Takes the next client, unless there is one.

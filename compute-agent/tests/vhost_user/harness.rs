@@ -211,7 +211,7 @@ impl Guest {
     pub(crate) fn work_until(&mut self, mut condition: impl FnMut(&mut Self) -> bool) -> bool {
         let deadline = Instant::now() + Duration::from_secs(20);
         while Instant::now() < deadline {
-            self.device.work().unwrap();
+            self.device.work(true).unwrap();
             if condition(self) {
                 return true;
             }

@@ -30,7 +30,7 @@ fn requests_that_a_killed_backend_had_taken_are_answered_once() {
         }
         // Killed after more or less of it was done.
         for _ in 0..round % 7 {
-            guest.device.work().unwrap();
+            guest.device.work(true).unwrap();
         }
         while let Some((head, _)) = guest.used() {
             answered[head as usize / 3] += 1;
@@ -40,7 +40,7 @@ fn requests_that_a_killed_backend_had_taken_are_answered_once() {
             let (head, _) = guest.answer();
             answered[head as usize / 3] += 1;
         }
-        guest.device.work().unwrap();
+        guest.device.work(true).unwrap();
         assert!(guest.used().is_none(), "an answer too many");
         assert_eq!(answered, [1; 4]);
     }
@@ -78,7 +78,7 @@ fn next_client_does_not_see_what_the_last_one_left_under_way() {
         ],
     );
     guest.offer(0);
-    guest.device.work().unwrap();
+    guest.device.work(true).unwrap();
     guest.device.close();
     // The same memory, for another client.
     guest.put(DATA, &[0x77; 4096]);
