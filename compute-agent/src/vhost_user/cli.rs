@@ -29,7 +29,7 @@ pub struct VhostUserArgs {
     #[arg(long, value_name = "NUMBER", group = "endpoint", value_parser = clap::value_parser!(i32).range(3..))]
     pub fd: Option<i32>,
     /// Queues that the VMM may use (vhost-user).
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=64))]
     num_queues: u16,
     /// Most entries of a queue, a power of two (vhost-user).
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = parse_queue_size)]
