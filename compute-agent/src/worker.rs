@@ -150,7 +150,7 @@ impl Worker {
         source: Source,
         polling: Polling,
     ) -> anyhow::Result<Self> {
-        remote.gather_doorbells();
+        remote.look_for_doorbells();
         let timer = timerfd_create(
             TimerfdClockId::Monotonic,
             TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,

@@ -170,10 +170,10 @@ impl Attachment {
         Ok(self.more && !self.half.is_backlogged())
     }
 
-    /// Rises with every message.
+    /// Rises with every byte that moves.
     fn progress(&self) -> u64 {
         let counters = self.session.counters();
-        counters.messages_received + counters.messages_sent
+        counters.bytes_received + counters.bytes_sent
     }
 
     /// Waits for the function's notices, too; returns them in the order of their ids.
@@ -240,6 +240,8 @@ impl Attachment {
                 self.more = false;
                 break;
             }
+            // What the function did at once is on its way while the next message comes in.
+            self.half.pump(&mut self.session)?;
         }
         Ok(())
     }

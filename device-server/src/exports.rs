@@ -3,9 +3,11 @@
 use std::fmt;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use farbus_fabric::wire::{Epoch, ExportName};
+use farbus_shadow_mem::nvme::device::Settings;
 use farbus_vfio::{Function, Notice};
 use log::{info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -30,6 +32,12 @@ struct Inner {
     holder: Option<String>,
     /// The function, or why there is none.
     function: Result<Arc<dyn Function>, String>,
+    /// How its function was set before the first tenant.
+    settings: Option<Settings>,
+    /// How many functions are being closed.
+    closing: u32,
+    /// Nothing is opened any more.
+    ended: bool,
 }
 
 /// What an export is fit for.
@@ -102,6 +110,9 @@ impl Export {
                 last_epoch: Epoch(0),
                 holder: None,
                 function: Ok(function),
+                settings: None,
+                closing: 0,
+                ended: false,
             }),
             watch: OnceLock::new(),
         }
@@ -148,14 +159,14 @@ impl Export {
         let mut inner = self.lock();
         let export = || self.name.as_str().to_owned();
         match (&inner.holder, &inner.function) {
-            (None, _) => {}
-            // It is being closed, or opened again.
-            (Some(_), Err(why)) => {
+            // It is being closed, or opened again, or was for the last time.
+            (_, Err(why)) if inner.holder.is_some() || inner.closing > 0 || inner.ended => {
                 return Err(ClaimError::Failed {
                     export: export(),
                     why: why.clone(),
                 });
             }
+            (None, _) | (_, Err(_)) => {}
             (Some(holder), Ok(_)) => {
                 return Err(ClaimError::Busy {
                     export: export(),
@@ -191,7 +202,11 @@ impl Export {
         match reopen() {
             Ok(function) => {
                 info!("{}: {} is back", self.name.as_str(), function.info().label);
-                self.lock().function = Ok(function.clone());
+                let mut inner = self.lock();
+                inner.function = Ok(function.clone());
+                // It may be another device, and has had no power meanwhile.
+                inner.settings = None;
+                drop(inner);
                 self.watch(&function);
                 Ok(function)
             }
@@ -204,16 +219,44 @@ impl Export {
     }
 
     /// Gives the function up, which is gone.
-    fn fail(&self, why: &str) {
-        let function = std::mem::replace(&mut self.lock().function, Err(why.into()));
-        let name = self.name.as_str();
+    fn fail(self: &Arc<Self>, why: &str) {
+        drop(self.let_go(why));
         warn!(
-            "{name}: {}; a claim opens it again once the device is back",
+            "{}: {}; a claim opens it again once the device is back",
+            self.name.as_str(),
             self.state()
         );
-        // This may be the moment at which it is closed, and closing a device that vanished
-        // without the kernel's knowledge takes a while.
-        drop(function);
+    }
+
+    /// Lets go of the function. This may be the moment at which it is closed, and closing a
+    /// device that vanished without the kernel's knowledge takes more than a minute; so a thread
+    /// does that which has nothing else to do.
+    fn let_go(self: &Arc<Self>, why: &str) -> Option<JoinHandle<()>> {
+        let mut inner = self.lock();
+        let function = std::mem::replace(&mut inner.function, Err(why.into())).ok()?;
+        inner.closing += 1;
+        drop(inner);
+        let export = self.clone();
+        let close = move || {
+            drop(function);
+            export.lock().closing -= 1;
+        };
+        let closing = thread::Builder::new().name("closing".into()).spawn(close);
+        match closing {
+            Ok(thread) => Some(thread),
+            Err(error) => {
+                // The closure is gone, and the function was closed with it.
+                self.lock().closing -= 1;
+                warn!("{}: closed without a thread: {error}", self.name.as_str());
+                None
+            }
+        }
+    }
+
+    /// Lets go of the function for good.
+    fn end(self: &Arc<Self>) -> Option<JoinHandle<()>> {
+        self.lock().ended = true;
+        self.let_go("the device server ends")
     }
 
     /// Has `epoll` say `id` when the function gives a notice.
@@ -231,7 +274,7 @@ impl Export {
     }
 
     /// Acts on notices, unless a claim does so.
-    fn look_after(&self) {
+    fn look_after(self: &Arc<Self>) {
         let inner = self.lock();
         let (None, Ok(function)) = (&inner.holder, &inner.function) else {
             return;
@@ -267,6 +310,16 @@ impl Claim {
     /// The claim's epoch.
     pub fn epoch(&self) -> Epoch {
         self.epoch
+    }
+
+    /// How the function was set before its first tenant, if that is known.
+    pub fn settings(&self) -> Option<Settings> {
+        self.export.lock().settings.clone()
+    }
+
+    /// Remembers how the function was set before its first tenant.
+    pub fn remember(&self, settings: &Settings) {
+        self.export.lock().settings = Some(settings.clone());
     }
 
     /// What is claimed.
@@ -307,6 +360,11 @@ impl Exports {
     pub fn names(&self) -> Vec<String> {
         let names = self.0.iter().map(|export| export.name().as_str());
         names.map(Into::into).collect()
+    }
+
+    /// Lets go of all functions, for good. The threads that close them are returned.
+    pub fn end(&self) -> Vec<JoinHandle<()>> {
+        self.0.iter().filter_map(Export::end).collect()
     }
 
     /// From now on `epoll` tells when a function gives a notice; each such event's id is

@@ -12,4 +12,5 @@ pub mod cli;
 pub mod doctor;
 pub mod exports;
 pub mod manager;
+mod refusals;
 pub mod sources;

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use farbus_fabric::FabricError;
 use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
@@ -19,15 +19,20 @@ use farbus_shadow_mem::nvme::device::{DeviceError, DeviceHalf, Limits};
 use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::session::Session;
 use farbus_vfio::{Function, FunctionError};
-use log::{info, warn};
+use log::{Level, info, log, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attachment::{Attachment, Ended};
 use crate::exports::{Claim, ClaimError, Exports};
+use crate::refusals::Refusals;
 
 /// How long a peer may take from connecting to the end of set-up.
 const SETUP_DEADLINE: Duration = Duration::from_secs(10);
+/// How long attachments may take to end when the process does, and functions to be closed: time
+/// for the slowest resets.
+const ENDING: Duration = Duration::from_secs(8);
+const ENDING_STEP: Duration = Duration::from_millis(5);
 /// Connections at a time, claimed or not. More are closed at once.
 const MAX_CONNECTIONS: usize = 256;
 
@@ -40,6 +45,7 @@ const NOTICES: u64 = 2;
 pub struct Manager {
     listener: TcpListener,
     exports: Exports,
+    refusals: Arc<Refusals>,
     polling: Polling,
     stop: Arc<EventFd>,
 }
@@ -66,12 +72,14 @@ impl Manager {
         Ok(Self {
             listener,
             exports,
+            refusals: Arc::default(),
             polling,
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
     }
 
-    /// Accepts until `signals` is readable; then ends all attachments and waits for them.
+    /// Accepts until `signals` is readable; then ends all attachments, waits for them (not for
+    /// ever: the kernel may hold one up), and lets go of the functions.
     pub fn run(self, signals: &OwnedFd) -> io::Result<()> {
         let epoll = Arc::new(Epoll::new()?);
         for (id, fd) in [
@@ -102,13 +110,12 @@ impl Manager {
         }
         self.stop.write(1)?;
         // Who is still being asked what it wants has nothing that must be brought to an end.
-        for serving in threads
+        let claimed = threads
             .into_iter()
-            .filter(|s| s.claimed.load(Ordering::Acquire))
-        {
-            // A thread that panicked has printed why.
-            let _ = serving.thread.join();
-        }
+            .filter(|serving| serving.claimed.load(Ordering::Acquire));
+        let attachments: Vec<_> = claimed.map(|serving| serving.thread).collect();
+        wait_for(&attachments);
+        wait_for(&self.exports.end());
         Ok(())
     }
 
@@ -125,18 +132,26 @@ impl Manager {
         };
         if count.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
             count.fetch_sub(1, Ordering::Relaxed);
-            warn!("closed the connection of {peer}: there are {MAX_CONNECTIONS} already");
+            let reason = format!("there are {MAX_CONNECTIONS} already");
+            if let Some(left_out) = self.refusals.note(Instant::now(), peer.ip(), None, &reason) {
+                warn!("closed the connection of {peer}: {reason}{left_out}");
+            }
             return;
         }
         let served = Served(count.clone());
         let (exports, stop) = (self.exports.clone(), self.stop.clone());
+        let refusals = self.refusals.clone();
         let polling = self.polling;
         let claimed = Arc::new(AtomicBool::new(false));
         let claims = claimed.clone();
         let serve = move || {
             let _served = served;
-            if let Err(error) = serve(stream, peer, &exports, polling, &stop, &claims) {
-                warn!("{peer}: {:#}", anyhow::Error::new(error));
+            if let Err(error) = serve(stream, peer, &exports, &refusals, (polling, &stop), &claims)
+            {
+                let error = format!("{:#}", anyhow::Error::new(error));
+                if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), None, &error) {
+                    warn!("{peer}: {error}{left_out}");
+                }
             }
         };
         match thread::Builder::new()
@@ -149,41 +164,66 @@ impl Manager {
     }
 }
 
+/// Waits until threads have ended, but no longer than [`ENDING`].
+fn wait_for(threads: &[JoinHandle<()>]) {
+    let begin = Instant::now();
+    while !threads.iter().all(JoinHandle::is_finished) && begin.elapsed() < ENDING {
+        thread::sleep(ENDING_STEP);
+    }
+}
+
 /// One connection, from its first byte to its last.
 fn serve(
     stream: TcpStream,
     peer: SocketAddr,
     exports: &Exports,
-    polling: Polling,
-    stop: &EventFd,
+    refusals: &Refusals,
+    (polling, stop): (Polling, &EventFd),
     claimed: &AtomicBool,
 ) -> Result<(), FabricError> {
     let label = concat!("farbus-device-server ", env!("CARGO_PKG_VERSION"));
     let incoming = Incoming::handshake(stream, label, SETUP_DEADLINE)?;
     let Request::Claim(request) = incoming.next_request()?;
     let claimant = format!("{} at {peer}", request.peer());
+    let name = request.export().as_str().to_owned();
+    let refused = |level, reason: &str| {
+        if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), Some(&name), reason) {
+            log!(level, "refused {claimant}: {reason}{left_out}");
+        }
+    };
     let Some(export) = exports.find(request.export()) else {
         let text = format!(
             "there is no export {}; there is {}",
             request.export().as_str(),
             exports.names().join(", ")
         );
-        info!("refused {claimant}: {text}");
+        refused(Level::Info, &text);
         return request.refuse(RefusalCode::UnknownExport, &text);
     };
     let (claim, function) = match export.claim(&claimant) {
         Ok(claimed) => claimed,
         Err(error) => {
-            info!("refused {claimant}: {error}");
+            let text = error.to_string();
+            refused(Level::Info, &text);
             let code = match error {
                 ClaimError::Busy { .. } => RefusalCode::Busy,
                 ClaimError::Failed { .. } => RefusalCode::NotReady,
             };
-            return request.refuse(code, &error.to_string());
+            return request.refuse(code, &text);
         }
     };
     claimed.store(true, Ordering::Release);
-    attach(request, &claim, function, &claimant, (polling, stop))
+    let peer = Claimant {
+        name: &claimant,
+        refused: &refused,
+    };
+    attach(request, &claim, function, &peer, (polling, stop))
+}
+
+/// Who claims, and where it is told of that it may not.
+struct Claimant<'a> {
+    name: &'a str,
+    refused: &'a dyn Fn(Level, &str),
 }
 
 /// Joins a claimant and the function. Whatever way this ends, the function is reset and the
@@ -192,16 +232,19 @@ fn attach(
     request: ClaimRequest,
     claim: &Claim,
     function: Arc<dyn Function>,
-    claimant: &str,
+    claimant: &Claimant<'_>,
     (polling, stop): (Polling, &EventFd),
 ) -> Result<(), FabricError> {
     let name = claim.export().name().clone();
     let name = name.as_str();
     let limits = Limits::default();
-    let opened = DeviceHalf::open(function.clone(), limits).and_then(|half| {
-        let description = describe(function.as_ref(), &half)?;
-        Ok((half, description))
-    });
+    let settings = claim.settings();
+    let opened =
+        DeviceHalf::open_as(function.clone(), limits, settings.as_ref()).and_then(|half| {
+            claim.remember(half.settings());
+            let description = describe(function.as_ref(), &half)?;
+            Ok((half, description))
+        });
     // From here on it is the half's, and the export's.
     drop(function);
     let (half, description) = match opened {
@@ -210,7 +253,7 @@ fn attach(
             let gone = matches!(&error, DeviceError::Function(FunctionError::Gone(_)));
             let why = format!("{:#}", anyhow::Error::new(error));
             let text = format!("export {name} cannot be used: {why}");
-            warn!("refused {claimant}: {text}");
+            (claimant.refused)(Level::Warn, &text);
             if gone {
                 claim.fail(&why);
             }
@@ -220,6 +263,7 @@ fn attach(
     let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
     let mut session = Session::new(granted.describe(description)?);
     session.register(half.shadow(), 0)?;
+    let claimant = claimant.name;
     info!("{name}: claimed by {claimant} ({})", claim.epoch());
     let mut attachment = Attachment::new(half, session, polling);
     let ended = attachment.run(stop);

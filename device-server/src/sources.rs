@@ -23,9 +23,8 @@ use crate::exports::{Export, Reopen};
 /// How long a vfio-user server may take for one answer. It is as long as the fabric's other
 /// side waits before it calls the device hung.
 const USER_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long functions may stay open at the end: connections that have not claimed anything
-/// are closed within 10 s.
-const CLOSING: Duration = Duration::from_secs(12);
+/// How long functions may stay open at the end, after all attachments had their time to end.
+const CLOSING: Duration = Duration::from_secs(3);
 const CLOSING_STEP: Duration = Duration::from_millis(10);
 
 /// Where an export comes from.
@@ -208,20 +207,24 @@ pub struct Stock {
     bindings: Option<Arc<Bindings>>,
 }
 
-/// The functions that this process has opened, as far as they are still open.
+/// The PCI functions that this process has opened, as far as they are not closed: to drop one
+/// only begins that.
 #[derive(Default)]
-struct Opened(Mutex<Vec<Weak<dyn Function>>>);
+struct Opened(Mutex<Vec<(PciAddress, Weak<()>)>>);
 
 impl Opened {
-    fn add(&self, function: &Arc<dyn Function>) {
+    fn open(&self, address: PciAddress) -> Result<Arc<dyn Function>, SourceError> {
+        let function = VfioFunction::open(address)?;
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|function| function.strong_count() > 0);
-        open.push(Arc::downgrade(function));
+        open.retain(|(_, mark)| mark.strong_count() > 0);
+        open.push((address, function.open_mark()));
+        Ok(Arc::new(function))
     }
 
-    fn is_empty(&self) -> bool {
+    fn still_open(&self) -> Vec<PciAddress> {
         let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        open.iter().all(|function| function.strong_count() == 0)
+        let open = open.iter().filter(|(_, mark)| mark.strong_count() > 0);
+        open.map(|(address, _)| *address).collect()
     }
 }
 
@@ -252,13 +255,15 @@ impl Stock {
         {
             warn_about_class(host, address);
             let bindings = stock.bindings.as_ref().map(Arc::downgrade);
+            let open = stock.open.clone();
             let lend_again = move || -> Result<Arc<dyn Function>, SourceError> {
                 if let Some(bindings) = bindings.as_ref().and_then(Weak::upgrade) {
                     bindings.lend(address, bind)?;
                 }
-                open_pci(address)
+                open.open(address)
             };
-            stock.add(name, open_pci(address)?, lend_again)?;
+            let function = stock.open.open(address)?;
+            stock.add(name, function, lend_again)?;
         }
         for order in orders {
             let Some(name) = order.name.clone() else {
@@ -327,12 +332,9 @@ impl Stock {
             }));
         }
         info!("exports {} as {}", function.info().label, name.as_str());
-        self.open.add(&function);
-        let open = self.open.clone();
         let reopen: Reopen = Box::new(move || {
             let function = reopen()?;
             refuse_without_reset(function.as_ref())?;
-            open.add(&function);
             Ok(function)
         });
         self.exports.push(Export::reopening(name, function, reopen));
@@ -347,13 +349,22 @@ impl Stock {
 
 impl Drop for Stock {
     /// The kernel takes a function back only when it is closed, and waits for that without
-    /// bound; so this waits first, with one.
+    /// bound; so this waits first, with one, and leaves what is not closed then.
     fn drop(&mut self) {
         self.exports.clear();
         if let Some(bindings) = self.bindings.take() {
             let begin = Instant::now();
-            while !self.open.is_empty() && begin.elapsed() < CLOSING {
+            while !self.open.still_open().is_empty() && begin.elapsed() < CLOSING {
                 thread::sleep(CLOSING_STEP);
+            }
+            for address in self.open.still_open() {
+                warn!(
+                    "{address} is not closed {} s after it was let go of. The kernel waits for it, about \
+                     a minute when it does not answer, and until then this process cannot end, whatever \
+                     it is sent; all else is given back now",
+                    CLOSING.as_secs()
+                );
+                bindings.leave(address);
             }
             bindings.give_back_all();
         }
@@ -444,10 +455,6 @@ fn warn_about_class(host: &Host, address: PciAddress) {
 /// Whether an engine serves functions of this class.
 pub fn has_engine(class: ClassCode) -> bool {
     class == ClassCode::NVME
-}
-
-fn open_pci(address: PciAddress) -> Result<Arc<dyn Function>, SourceError> {
-    Ok(Arc::new(VfioFunction::open(address)?))
 }
 
 fn open_soft(config: &SoftNvmeConfig) -> Result<Arc<dyn Function>, SourceError> {

@@ -53,9 +53,11 @@ pub struct MachineBuilder {
     old_qemu: bool,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Boot {
     Kernel(Kernel),
+    /// An image that has all it needs built in.
+    Image(PathBuf),
     Firmware(Firmware),
 }
 
@@ -83,6 +85,13 @@ impl MachineBuilder {
     #[must_use]
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.boot = Boot::Kernel(kernel);
+        self
+    }
+
+    /// Boots this image, loaded by QEMU. It must have built in what the machine needs.
+    #[must_use]
+    pub fn kernel_image(mut self, image: &Path) -> Self {
+        self.boot = Boot::Image(image.to_owned());
         self
     }
 
@@ -351,14 +360,22 @@ impl MachineBuilder {
                 .arg("-device")
                 .arg(format!("isa-serial,chardev={id},index={index}"));
         }
-        match self.boot {
-            Boot::Kernel(kernel) => {
-                let kernel = tools.kernel(kernel)?;
+        match &self.boot {
+            Boot::Kernel(_) | Boot::Image(_) => {
+                let kernel = match &self.boot {
+                    Boot::Kernel(kernel) => tools.kernel(*kernel)?,
+                    // Its modules are another kernel's, which this one does not look at.
+                    _ => tools.kernel(Kernel::V6_12)?,
+                };
+                let image = match &self.boot {
+                    Boot::Image(image) => image,
+                    _ => &kernel.image,
+                };
                 let initramfs = tools.initramfs(&kernel, self.userland)?;
                 let initramfs = join(initramfs, &self.programs, scratch)?;
                 command
                     .arg("-kernel")
-                    .arg(&kernel.image)
+                    .arg(image)
                     .arg("-initrd")
                     .arg(initramfs)
                     .args(["-append", &command_line(&self.parameters)]);
@@ -370,7 +387,7 @@ impl MachineBuilder {
                     .arg("-chardev")
                     .arg(format!("file,id=firmware,path={}", log.display()))
                     .args(["-device", "isa-debugcon,iobase=0x402,chardev=firmware"]);
-                for argument in flash(&tools.firmware(firmware)?, scratch)? {
+                for argument in flash(&tools.firmware(*firmware)?, scratch)? {
                     command.arg(argument);
                 }
             }

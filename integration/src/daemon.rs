@@ -77,7 +77,23 @@ impl Daemon {
     /// # Errors
     /// When it is not built, ends, or is not ready in time; the error has the end of its stderr.
     pub fn start(name: &str, arguments: &[&str]) -> Result<Self> {
-        let mut daemon = Self::launch(name, arguments)?;
+        let command = mortal_command(&program(name)?);
+        Self::await_ready(Self::launch(name, command, arguments)?)
+    }
+
+    /// As [`Daemon::start`], run by another program, such as `valgrind` with its options, that
+    /// executes it in place.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn start_under(wrapper: &[&str], name: &str, arguments: &[&str]) -> Result<Self> {
+        let (first, options) = wrapper.split_first().unwrap_or((&"env", &[]));
+        let mut command = mortal_command(Path::new(first));
+        command.args(options).arg(program(name)?);
+        Self::await_ready(Self::launch(name, command, arguments)?)
+    }
+
+    fn await_ready(mut daemon: Self) -> Result<Self> {
         let deadline = Deadline::secs(READY_SECS);
         daemon.ready = loop {
             let line = daemon.line(deadline)?;
@@ -93,7 +109,8 @@ impl Daemon {
     /// # Errors
     /// When it is not built, or does not end in time.
     pub fn run(name: &str, arguments: &[&str], deadline: Deadline) -> Result<Ended> {
-        let mut daemon = Self::launch(name, arguments)?;
+        let command = mortal_command(&program(name)?);
+        let mut daemon = Self::launch(name, command, arguments)?;
         let status = daemon.process.wait(deadline)?;
         // The reader's end closes the channel once the pipe is drained.
         let stdout: Vec<String> = daemon.lines.iter().collect();
@@ -104,11 +121,10 @@ impl Daemon {
         })
     }
 
-    fn launch(name: &str, arguments: &[&str]) -> Result<Self> {
+    fn launch(name: &str, mut command: Command, arguments: &[&str]) -> Result<Self> {
         let scratch = Scratch::new(name)?;
         let log =
             File::create(scratch.join("stderr.log")).context(|| "creating stderr.log".into())?;
-        let mut command: Command = mortal_command(&program(name)?);
         command
             .args(arguments)
             .stdin(Stdio::null())

@@ -16,7 +16,7 @@ use crate::verify;
 
 const DRIVE: &str = "/dev/nvme0n1";
 
-const WORKLOADS: [Workload; 4] = [
+const WORKLOADS: [Workload<'static>; 4] = [
     Workload {
         pattern: "randread",
         block: "4k",

@@ -22,14 +22,19 @@
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
 //! - [`vfio`] makes machines that lend their devices, and binds these.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
+//! - [`counting`] tells who allocates.
+//! - [`counts`] counts what programs do: system calls, instructions.
 //! - [`report`] says how a test failed, or why it could not run.
 //! - [`process`], [`scratch`], [`deadline`] are what the others stand on.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod attached;
 pub mod builder;
 pub mod cache;
+#[allow(unsafe_code, reason = "an allocator is unsafe to write")]
+pub mod counting;
+pub mod counts;
 pub mod daemon;
 pub mod deadline;
 pub mod demo;

@@ -39,11 +39,11 @@ impl fmt::Display for Measured {
 
 /// What to measure.
 #[derive(Debug, Clone, Copy)]
-pub struct Workload {
+pub struct Workload<'a> {
     /// fio's name of the pattern: `randread`, `write`, and so on.
-    pub pattern: &'static str,
+    pub pattern: &'a str,
     /// fio's notation of the block size.
-    pub block: &'static str,
+    pub block: &'a str,
     /// I/O operations in flight.
     pub depth: u32,
     /// For how long.
@@ -54,7 +54,7 @@ pub struct Workload {
 ///
 /// # Errors
 /// When fio fails or says what cannot be understood.
-pub fn measure(guest: &Guest, device: &str, workload: &Workload) -> Result<Measured> {
+pub fn measure(guest: &Guest, device: &str, workload: &Workload<'_>) -> Result<Measured> {
     let Workload {
         pattern,
         block,

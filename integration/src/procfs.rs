@@ -53,6 +53,50 @@ impl Proc {
         self.number("status", "Threads")
     }
 
+    /// Resident memory of any kind in bytes, what is shared counted in full.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        self.kilobytes("status", "VmRSS")
+    }
+
+    /// CPU time of the threads that it has now, in nanoseconds (`/proc/PID/task/*/schedstat`, which is
+    /// exact where `/proc/PID/stat` counts ticks). What threads used that have ended is not in it.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_ns(&self) -> Result<u64> {
+        self.sum_over_threads("schedstat", |text| {
+            text.split_whitespace().next()?.parse().ok()
+        })
+    }
+
+    /// Context switches of the threads that it has now, voluntary and other.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn context_switches(&self) -> Result<u64> {
+        self.sum_over_threads("status", |text| {
+            let counts = text
+                .lines()
+                .filter(|line| line.contains("ctxt_switches"))
+                .filter_map(|line| line.split_whitespace().last()?.parse::<u64>().ok());
+            Some(counts.sum())
+        })
+    }
+
+    fn sum_over_threads(&self, file: &str, value: impl Fn(&str) -> Option<u64>) -> Result<u64> {
+        let dir = self.dir.join("task");
+        let threads = fs::read_dir(&dir).context(|| format!("reading {}", dir.display()))?;
+        // A thread that ends meanwhile is not counted.
+        Ok(threads
+            .flatten()
+            .filter_map(|thread| fs::read_to_string(thread.path().join(file)).ok())
+            .filter_map(|text| value(&text))
+            .sum())
+    }
+
     /// What each open file descriptor leads to, such as `socket:[4711]` or a path.
     ///
     /// # Errors
@@ -97,6 +141,9 @@ mod tests {
         assert!(own.peak_bytes().unwrap() >= own.anonymous_bytes().unwrap());
         assert!(own.proportional_bytes().unwrap() > 0);
         assert!(own.threads().unwrap() >= 1);
+        assert!(own.resident_bytes().unwrap() >= own.anonymous_bytes().unwrap());
+        assert!(own.cpu_ns().unwrap() > 0);
+        assert!(own.context_switches().unwrap() > 0);
         assert!(own.open_files().unwrap().len() >= 3);
     }
 

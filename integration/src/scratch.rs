@@ -28,9 +28,17 @@ impl Scratch {
     /// # Errors
     /// When it cannot be made.
     pub fn new(name: &str) -> Result<Self> {
+        Self::within(&std::env::temp_dir(), name)
+    }
+
+    /// As [`Scratch::new`], in a directory of the caller's choice.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn within(dir: &Path, name: &str) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let unique = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("fb{}-{unique}-{name}", std::process::id()));
+        let path = dir.join(format!("fb{}-{unique}-{name}", std::process::id()));
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)

@@ -11,6 +11,7 @@ pub mod initramfs;
 pub mod kernel;
 pub mod mbr;
 pub mod packages;
+pub mod peers;
 pub mod programs;
 pub mod qemu;
 pub mod sources;

@@ -1,7 +1,9 @@
 //! Machines that lend their PCI functions: with an IOMMU, VFIO's modules, and functions bound to
 //! vfio-pci.
 
-use serde_json::json;
+use std::path::Path;
+
+use serde_json::{Value, json};
 
 use crate::builder::MachineBuilder;
 use crate::deadline::Deadline;
@@ -47,6 +49,22 @@ pub fn bind(guest: &Guest, address: &str) -> Result<()> {
          readlink {function}/driver | grep -q /vfio-pci$"
     ))?;
     Ok(())
+}
+
+/// Adds an NVMe controller that can make up to `most` virtual functions, which share 8 queues and
+/// interrupts and see the controller's namespace.
+#[must_use]
+pub fn sriov_nvme(builder: MachineBuilder, most: u16, image: &Path) -> MachineBuilder {
+    builder
+        .root_port("rp-sriov", &Value::Null)
+        .block_node("node-sriov", image)
+        .device(&json!({"driver": "nvme-subsys", "id": "subsys0", "nqn": "subsys0"}))
+        .device(&json!({
+            "driver": "nvme", "id": "pf0", "bus": "rp-sriov", "serial": "pf0", "subsys": "subsys0",
+            "max_ioqpairs": 16, "msix_qsize": 17, "sriov_max_vfs": most,
+            "sriov_vq_flexible": 8, "sriov_vi_flexible": 8,
+        }))
+        .device(&json!({"driver": "nvme-ns", "drive": "node-sriov", "nsid": 1, "bus": "pf0", "shared": true}))
 }
 
 /// Adds a network to a lender, by which this host reaches its device server.

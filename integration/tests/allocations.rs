@@ -4,14 +4,11 @@
 //! thread.
 
 #![allow(
-    unsafe_code,
     clippy::unwrap_used,
     clippy::panic,
-    reason = "a test that cannot go on fails, and an allocator is unsafe to write"
+    reason = "a test that cannot go on fails"
 )]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::TcpListener;
@@ -19,7 +16,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -31,6 +27,7 @@ use farbus_device_server::manager::Manager;
 use farbus_fabric::FabricError;
 use farbus_fabric::session::{ClaimedLink, client};
 use farbus_fabric::wire::ExportName;
+use farbus_integration::counting::{self, Counting};
 use farbus_integration::scratch::Scratch;
 use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
@@ -40,7 +37,7 @@ use farbus_vfio::nvme::{PAGE_SIZE, SubmissionEntry, nvm};
 use farbus_vfio::soft_nvme::SoftNvme;
 use farbus_vfio::user::{Client, UserFunction};
 use farbus_vfio::{DmaAccess, DmaWindow, Function, Iova};
-use rustix::process::{Pid, Signal, getpid, kill_process};
+use rustix::process::{Signal, getpid, kill_process};
 use rustix::thread::gettid;
 
 const BLOCK: u32 = 512;
@@ -49,101 +46,20 @@ const QUEUES: u16 = 2;
 const DEPTH: usize = 32;
 const SIZES: [usize; 6] = [512, 4096, 12 << 10, 64 << 10, 128 << 10, 1 << 20];
 
-/// The most threads that are told apart.
-const MAX_THREADS: usize = 64;
-
-/// The system's allocator, with a count for each thread.
-struct Counting;
-
-/// A thread that has allocated, and how often.
-struct Thread {
-    id: AtomicI32,
-    allocations: AtomicU64,
-}
-
-static THREADS: [Thread; MAX_THREADS] = [const {
-    Thread {
-        id: AtomicI32::new(0),
-        allocations: AtomicU64::new(0),
-    }
-}; MAX_THREADS];
-static NEXT_THREAD: AtomicUsize = AtomicUsize::new(0);
-
-thread_local! {
-    /// This thread's place in the list, once it has one.
-    static PLACE: Cell<Option<usize>> = const { Cell::new(None) };
-}
-
-fn count() {
-    let counted = PLACE.try_with(|place| {
-        let at = place.get().unwrap_or_else(|| {
-            let at = NEXT_THREAD.fetch_add(1, Ordering::Relaxed);
-            let id = gettid().as_raw_nonzero().get();
-            THREADS[at].id.store(id, Ordering::Relaxed);
-            place.set(Some(at));
-            at
-        });
-        THREADS[at].allocations.fetch_add(1, Ordering::Relaxed);
-    });
-    // A thread that has given up its locals is at its end.
-    let _ = counted;
-}
-
-// SAFETY: every call goes to `System` unchanged, which keeps the contract. A global allocator
-// is the one place that sees all allocations, and the trait is unsafe.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller keeps the contract of `alloc`, which is the same.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
-        // SAFETY: as above.
-        unsafe { System.realloc(block, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(block, layout) }
-    }
-}
-
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
 /// How often each thread of the daemons has allocated: all threads but this one, which drives
 /// the test as a VMM would, and the test harness's.
 fn daemon_allocations() -> BTreeMap<String, u64> {
-    let own = gettid();
-    let daemon = |id: i32| {
-        id != 0 && Pid::from_raw(id) != Some(own) && id != getpid().as_raw_nonzero().get()
-    };
-    THREADS
-        .iter()
-        .map(|thread| (thread.id.load(Ordering::Relaxed), thread))
-        .filter(|(id, _)| daemon(*id))
-        .map(|(id, thread)| (name_of(id), thread.allocations.load(Ordering::Relaxed)))
-        .collect()
-}
-
-/// A name for people: what the thread calls itself, and its id.
-fn name_of(id: i32) -> String {
-    let name = std::fs::read_to_string(format!("/proc/self/task/{id}/comm"));
-    format!("{} {id}", name.as_deref().unwrap_or("ended").trim())
+    counting::allocations(|id| id != gettid() && id != getpid())
 }
 
 /// The threads that allocated while `act` ran, and how often.
 fn allocated_during(act: impl FnOnce()) -> BTreeMap<String, u64> {
     let before = daemon_allocations();
     act();
-    let mut more = daemon_allocations();
-    for (name, count) in &mut more {
-        *count -= before.get(name).unwrap_or(&0);
-    }
-    more.retain(|_, count| *count > 0);
-    more
+    counting::since(&before, daemon_allocations())
 }
 
 /// Fails unless threads with these names are among those that allocated.

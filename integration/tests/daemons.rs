@@ -11,6 +11,9 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use farbus_fabric::FabricError;
+use farbus_fabric::session::client;
+use farbus_fabric::wire::ExportName;
 use farbus_integration::attached::{self, AttachedDrive};
 use farbus_integration::daemon::{self, Daemon, Ended};
 use farbus_integration::deadline::Deadline;
@@ -249,6 +252,28 @@ fn attachments_that_cannot_be_are_refused_with_the_remedy() -> TestResult {
     let long = path(&"x".repeat(120));
     assert_refused(&from(&long), 4, &["107"]);
     second.terminate()?;
+    drive.end()?;
+    Ok(())
+}
+
+#[test]
+fn who_asks_in_vain_again_and_again_is_one_line_of_the_log() -> TestResult {
+    let scratch = Scratch::new("noise")?;
+    let drive = AttachedDrive::start(&scratch, "size=1MiB")?;
+    let address = attached::address(&drive.server);
+    for _ in 0..20 {
+        for export in ["disk0", "disk1"] {
+            let export = ExportName::new(export)?;
+            let refused = client::claim(&address, &export, "impatient", PATIENCE);
+            assert!(matches!(refused, Err(FabricError::Refused { .. })));
+        }
+    }
+    let log = drive.server.stderr();
+    println!("{log}");
+    let refusals = log
+        .lines()
+        .filter(|line| line.contains("refused impatient"));
+    assert_eq!(refusals.count(), 2, "{log}");
     drive.end()?;
     Ok(())
 }

@@ -164,12 +164,29 @@ fn virtual_functions_are_made_exported_and_removed() -> TestResult {
         &said,
         &["ready export=vf-0 export=vf-1", "2 of 4", "of 0000:01:00.0"],
     );
+    assert_said(
+        &said,
+        &["virtual functions that got 2 queues and 2 interrupts each: 2"],
+    );
     assert!(said.ends_with("\n0"), "{said}");
 
     ends_with(&guest, 137, &format!("{export}kill -9 $P; wait $P"))?;
+    // As if it had died before it was done with them.
+    guest.check(
+        "nvme virt-mgmt /dev/nvme0 -c 2 -a 7 && nvme virt-mgmt /dev/nvme0 -c 2 -r 0 -a 8 -n 0",
+    )?;
     let said = ends_with(&guest, 0, &format!("{export}{end}"))?;
-    assert_said(&said, &["takes over 0000:01:00.2", "ready export=vf-0"]);
+    assert_said(
+        &said,
+        &[
+            "takes over 0000:01:00.2",
+            "virtual functions that got 2 queues and 2 interrupts each: 1",
+            "ready export=vf-0",
+        ],
+    );
     assert!(said.ends_with("\n0"), "{said}");
+    let secondaries = guest.check("nvme list-secondary /dev/nvme0")?;
+    assert!(!secondaries.contains("(Online)"), "{secondaries}");
     machine.quit()?;
     Ok(())
 }

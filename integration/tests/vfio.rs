@@ -67,6 +67,10 @@ fn drives_a_controller(kernel: Kernel) -> TestResult {
     assert!(described.contains("BAR0: 16384 bytes"), "{described}");
     assert!(described.contains("reset: done"), "{described}");
     assert!(described.contains("to 0xfedfffff"), "{described}");
+    assert!(
+        described.contains("opened by: its group's node"),
+        "{described}"
+    );
     check(&guest, &format!("nvme {NVME}"))?;
     machine.quit()?;
     Ok(())
@@ -80,6 +84,18 @@ fn nvme_controller_is_driven_through_vfio_on_6_1() -> TestResult {
 #[test]
 fn nvme_controller_is_driven_through_vfio_on_6_12() -> TestResult {
     drives_a_controller(Kernel::V6_12)
+}
+
+/// What one tenant leaves in the controller and in memory is gone for the next; and what an I/O costs.
+#[test]
+fn next_tenant_finds_a_reset_controller_and_unused_memory() -> TestResult {
+    let scratch = Scratch::new("disk")?;
+    let disk = scratch.disk("disk.img", DISK)?;
+    let (machine, guest) = with_nvme(Kernel::V6_12, &disk)?;
+    guest.check("ip link set lo up")?;
+    check(&guest, &format!("lend {NVME}"))?;
+    machine.quit()?;
+    Ok(())
 }
 
 /// A virtual function, whose physical one stays with the host's own driver.

@@ -97,7 +97,7 @@ struct State {
     heard: u64,
     /// Ticks since then without another one.
     silent: u32,
-    /// See [`RemoteFunction::gather_doorbells`].
+    /// See [`RemoteFunction::look_for_doorbells`].
     gathers_doorbells: bool,
 }
 
@@ -252,10 +252,14 @@ impl RemoteFunction {
         self.state().half.due()
     }
 
-    /// From now on a write to a doorbell waits for the next [`Self::service`], so that all of
-    /// them that have come lead to one message. Other registers act at once as before.
-    pub fn gather_doorbells(&self) {
-        self.state().gathers_doorbells = true;
+    /// The caller promises to call [`Self::service`] or [`Self::pump`] after each round of its
+    /// event loop, and [`Self::may_sleep`] before each sleep. So a write to a doorbell waits
+    /// for the end of the round, and all that have come lead to one message; and the guest is
+    /// offered doorbells in its own memory. Other registers act at once as before.
+    pub fn look_for_doorbells(&self) {
+        let mut state = self.state();
+        state.gathers_doorbells = true;
+        state.half.offer_shadow_doorbells();
     }
 
     /// Once a second: gives the peer a sign of life and asks for one, and gives up on a peer
@@ -373,10 +377,10 @@ impl State {
         }
     }
 
-    /// Rises with every message.
+    /// Rises with every byte that moves.
     fn progress(&self) -> u64 {
         let counters = self.session.as_ref().map(Session::counters);
-        counters.map_or(0, |c| c.messages_sent + c.messages_received)
+        counters.map_or(0, |c| c.bytes_sent + c.bytes_received)
     }
 
     fn pump(&mut self) {

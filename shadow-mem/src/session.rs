@@ -12,7 +12,7 @@ use farbus_vfio::nvme::PAGE_SIZE;
 const MAX_SPANS: usize = 1000;
 /// Data that one message asks to be moved, in bytes, beyond which no command is added: so that
 /// the first completion need not wait for the whole of a deep queue.
-const MAX_BATCH: u64 = 1 << 20;
+const MAX_BATCH: u64 = 64 << 10;
 
 /// Commands to send in one message, with the guest memory that their data is gathered from.
 pub struct SubmitBatch {

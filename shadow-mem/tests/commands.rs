@@ -218,3 +218,14 @@ proptest! {
         prop_assert!(SubmissionEntry(sqe.0).blocks() >= 1);
     }
 }
+
+#[test]
+fn settings_that_would_outlive_a_reset_are_refused() {
+    let save = 1 << 31;
+    for feature in [1, 4, 6, 0x0e, 0x80] {
+        assert_eq!(
+            of_admin(&command(admin::SET_FEATURES, 0, &[(10, save | feature)])),
+            Err(Status::FEATURE_NOT_SAVEABLE)
+        );
+    }
+}

@@ -14,6 +14,8 @@ use std::sync::Arc;
 use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::PciAddress;
+
 /// An address as the function's DMA engine issues it, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Iova(pub u64);
@@ -222,6 +224,11 @@ pub enum Notice {
 pub trait Function: Send + Sync {
     /// What the function is.
     fn info(&self) -> &FunctionInfo;
+
+    /// Where in this host it sits, if it is a PCI function of this host.
+    fn pci_address(&self) -> Option<PciAddress> {
+        None
+    }
 
     /// Reads configuration space from `offset` on (bytes) into all of `data`.
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError>;

@@ -10,6 +10,7 @@ pub mod driver;
 pub mod function;
 pub mod kernel;
 pub mod nvme;
+pub mod nvme_port;
 pub mod pci;
 pub mod sigbus;
 pub mod soft_nvme;

@@ -1,6 +1,6 @@
 //! What holds for the whole host: IOMMU, interrupts, modules and memory.
 
-use farbus_vfio::sysfs::{Host, VFIO_DRIVER};
+use farbus_vfio::sysfs::{Host, IOMMUFD, VFIO_DRIVER};
 
 use super::{Finding, Level, PINNED_PER_EXPORT};
 
@@ -87,7 +87,9 @@ pub(super) fn vfio(host: &Host) -> Vec<Finding> {
             "load it with modprobe vfio_iommu_type1",
         ));
     }
-    if !host.path("dev/vfio/vfio").exists() {
+    // A kernel may have either way to open functions, or both.
+    let has_iommufd = host.path(IOMMUFD).exists();
+    if !host.path("dev/vfio/vfio").exists() && !has_iommufd {
         findings.push(Finding::new(
             CHECK,
             Level::Problem,
@@ -96,7 +98,11 @@ pub(super) fn vfio(host: &Host) -> Vec<Finding> {
         ));
     }
     if findings.is_empty() {
-        findings.push(Finding::ok(CHECK, "the modules are loaded"));
+        let how = match has_iommufd {
+            true => "the modules are loaded; functions are opened by their own nodes, with iommufd",
+            false => "the modules are loaded; functions are opened by their groups' nodes",
+        };
+        findings.push(Finding::ok(CHECK, how));
     }
     findings
 }

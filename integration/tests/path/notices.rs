@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use farbus_device_server::exports::{Export, Reopen, Unopened};
@@ -14,7 +14,8 @@ use farbus_vfio::driver::{DriverError, block_command};
 use farbus_vfio::nvme::{DOORBELL_BASE, csts, nvm, reg};
 use farbus_vfio::soft_nvme::SoftNvme;
 use farbus_vfio::{
-    DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice, RegionIndex,
+    DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice, PciAddress,
+    RegionIndex,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -22,6 +23,9 @@ use super::bed::{BLOCK, Bed, eventually, export_name};
 
 /// The doorbell of the first I/O submission queue (NVMe 1.4 §3.1.24, a stride of 4 bytes).
 const FIRST_IO_TAIL: u64 = DOORBELL_BASE + 8;
+
+/// No byte that registers of a dead function read as.
+const REGISTERS_WORK: u8 = 1;
 
 /// What the tests have of a function, even while it is closed.
 struct Signals {
@@ -31,6 +35,10 @@ struct Signals {
     is_away: AtomicBool,
     /// The first I/O queue's commands are never begun.
     is_deaf: AtomicBool,
+    /// What each byte of the registers reads as, unless it is [`REGISTERS_WORK`].
+    registers: AtomicU8,
+    /// Configuration space reads as all ones.
+    is_absent: AtomicBool,
 }
 
 /// A software drive that gives notices.
@@ -44,7 +52,15 @@ impl Function for Noticing {
         self.drive.info()
     }
 
+    fn pci_address(&self) -> Option<PciAddress> {
+        PciAddress::new(0, 1, 0, 0)
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
+        if self.signals.is_absent.load(Ordering::Relaxed) {
+            data.fill(0xff);
+            return Ok(());
+        }
         self.drive.config_read(offset, data)
     }
 
@@ -58,6 +74,11 @@ impl Function for Noticing {
         offset: u64,
         data: &mut [u8],
     ) -> Result<(), FunctionError> {
+        let byte = self.signals.registers.load(Ordering::Relaxed);
+        if byte != REGISTERS_WORK {
+            data.fill(byte);
+            return Ok(());
+        }
         self.drive.region_read(region, offset, data)
     }
 
@@ -129,6 +150,8 @@ fn bed() -> (Bed, Arc<Signals>) {
         resets: AtomicUsize::new(0),
         is_away: AtomicBool::new(false),
         is_deaf: AtomicBool::new(false),
+        registers: AtomicU8::new(REGISTERS_WORK),
+        is_absent: AtomicBool::new(false),
     });
     let scratch = Scratch::new("notices").unwrap();
     let disk = scratch.join("disk.img");
@@ -170,6 +193,35 @@ fn reported_error_is_a_fatal_status_until_the_function_is_reset() {
     driver.read(1, 8, BLOCK, &mut read).unwrap();
     assert_eq!(read, [7; 4096]);
     assert_eq!(signals.resets.load(Ordering::Relaxed), resets + 1);
+}
+
+/// What a card shows that lost its power behind the kernel's back: nothing, or registers that the
+/// kernel has not set up since.
+#[test]
+fn claim_of_a_function_that_does_not_answer_says_so_and_names_the_remedy() {
+    let (bed, signals) = bed();
+    let dark = |registers, is_absent, what: &str| {
+        signals.registers.store(registers, Ordering::Relaxed);
+        signals.is_absent.store(is_absent, Ordering::Relaxed);
+        let (code, text) = refusal(&bed);
+        assert_eq!(code, RefusalCode::Internal);
+        for words in [
+            "the function does not answer",
+            what,
+            "`echo 1 >/sys/bus/pci/devices/0000:01:00.0/remove`",
+            "`echo 1 >/sys/bus/pci/rescan`",
+        ] {
+            assert!(text.contains(words), "{words:?} is not in: {text}");
+        }
+    };
+
+    dark(0, false, "registers read as all zeroes");
+    dark(0xff, false, "registers read as all ones");
+    dark(0xff, true, "configuration space reads as all ones");
+
+    signals.registers.store(REGISTERS_WORK, Ordering::Relaxed);
+    signals.is_absent.store(false, Ordering::Relaxed);
+    bed.attach().driver(1);
 }
 
 #[test]

@@ -36,6 +36,9 @@ impl Transfer {
 
 const PAGE: u32 = PAGE_SIZE as u32;
 
+/// The flag of Set Features that makes a value outlive resets (NVMe 1.4 §5.21).
+const SAVE: u32 = 1 << 31;
+
 /// Feature identifiers (NVMe 1.4 §5.21.1, figure 271).
 pub(super) mod feature {
     #![allow(missing_docs, reason = "the names are the specification's own")]
@@ -74,6 +77,8 @@ pub fn of_admin(sqe: &SubmissionEntry) -> Result<Transfer, Status> {
         admin::IDENTIFY => Ok(Transfer::FromDevice(PAGE)),
         admin::SET_FEATURES => match sqe.dword(10) as u8 {
             id if !is_lent_feature(id) => Err(Status::INVALID_FIELD),
+            // It would outlive the reset, and be there for the next tenant.
+            _ if sqe.dword(10) & SAVE != 0 => Err(Status::FEATURE_NOT_SAVEABLE),
             id => Ok(match feature_data(id, sqe.dword(11)) {
                 0 => Transfer::None,
                 len => Transfer::ToDevice(len),

@@ -66,6 +66,7 @@ impl Guest {
     /// A controller after power-on, and guest memory.
     pub(crate) fn new() -> Self {
         let mut half = ComputeHalf::new(description(), SHADOW_LEN, TAGS, VECTORS).unwrap();
+        half.offer_shadow_doorbells();
         let memory = shared_memory("guest", MEMORY_LEN).unwrap();
         half.map(&DmaWindow {
             iova: Iova(0),

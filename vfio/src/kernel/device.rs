@@ -77,9 +77,7 @@ impl Container {
         })
     }
 
-    /// Lets the devices of the container reach memory. The kernel takes hold of the pages
-    /// that `memory` has now and keeps them until they are unmapped, so devices reach these
-    /// and no others, whatever becomes of the mapping.
+    /// See [`super::space::Space::map_dma`].
     pub(super) fn map_dma(
         &self,
         iova: Iova,
@@ -102,7 +100,7 @@ impl Container {
         structured(self.0.as_fd(), Structured::IommuMapDma, &mut args).map(drop)
     }
 
-    /// Unmaps whole windows; returns how many bytes were mapped there.
+    /// See [`super::space::Space::unmap_dma`].
     pub(super) fn unmap_dma(&self, iova: Iova, len: u64) -> io::Result<u64> {
         type Unmap = vfio_iommu_type1_dma_unmap;
         let mut args = Args::new(size_of::<Unmap>());
@@ -182,6 +180,12 @@ pub(super) enum IrqAction<'a> {
 }
 
 impl Device {
+    /// By its own node. It answers only once it is bound to an iommufd.
+    pub(super) fn open(node: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(node)?;
+        Ok(Self(file))
+    }
+
     pub(super) fn info(&self) -> io::Result<DeviceInfo> {
         let mut args = Args::new(size_of::<vfio_device_info>());
         structured(self.0.as_fd(), Structured::DeviceGetInfo, &mut args)?;
@@ -275,13 +279,16 @@ impl Device {
             && Some(address) == PciAddress::new(segment.into(), bus, devfn >> 3, devfn & 7)
     }
 
-    /// Resets the slot or the bus of the function, all of whose functions are in `group`.
-    pub(super) fn hot_reset(&self, group: &Group) -> io::Result<()> {
+    /// Resets the slot or the bus of the function, all of whose functions are in `group`. With
+    /// iommufd no group has to prove whose they are.
+    pub(super) fn hot_reset(&self, group: Option<&Group>) -> io::Result<()> {
         type Reset = vfio_pci_hot_reset;
         let fds = offset_of!(Reset, group_fds);
-        let mut args = Args::new(fds + size_of::<RawFd>());
-        args.set_u32(offset_of!(Reset, count), 1);
-        args.set_u32(fds, group.0.as_raw_fd() as u32);
+        let mut args = Args::new(fds + group.map_or(0, |_| size_of::<RawFd>()));
+        if let Some(group) = group {
+            args.set_u32(offset_of!(Reset, count), 1);
+            args.set_u32(fds, group.0.as_raw_fd() as u32);
+        }
         structured(self.0.as_fd(), Structured::DeviceHotReset, &mut args).map(drop)
     }
 

@@ -1,4 +1,4 @@
-//! The DMA windows of a function: what is mapped in its container.
+//! The DMA windows of a function: what is mapped in its address space.
 
 #![forbid(unsafe_code)]
 
@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::process::{Resource, getrlimit};
 use vm_memory::{MmapRegion, VolatileMemory};
 
-use super::device::{Container, IommuInfo};
+use super::device::IommuInfo;
+use super::space::Space;
 use crate::function::{DmaWindow, FunctionError, Iova};
 
 /// Where x86 processors take interrupts: a write of a device there is no DMA (Intel SDM
@@ -27,10 +28,10 @@ struct Window {
     _memory: Arc<MmapRegion>,
 }
 
-/// A container and what is mapped in it.
+/// An address space and what is mapped in it.
 pub(super) struct Dma {
     // Closed before the memory goes.
-    container: Container,
+    space: Space,
     windows: Mutex<BTreeMap<u64, Window>>,
     ranges: Vec<RangeInclusive<u64>>,
     /// Windows begin and end at multiples of this.
@@ -38,10 +39,10 @@ pub(super) struct Dma {
 }
 
 impl Dma {
-    pub(super) fn new(container: Container) -> io::Result<Self> {
-        let IommuInfo { page_sizes, ranges } = container.iommu_info()?;
+    pub(super) fn new(space: Space) -> io::Result<Self> {
+        let IommuInfo { page_sizes, ranges } = space.iommu_info()?;
         Ok(Self {
-            container,
+            space,
             windows: Mutex::new(BTreeMap::new()),
             ranges: usable(&ranges.unwrap_or_else(|| vec![ASSUMED])),
             page: smallest_page(page_sizes),
@@ -72,7 +73,7 @@ impl Dma {
         if overlaps(&windows, iova.0, last) {
             return Err(bad("it overlaps another one"));
         }
-        self.container
+        self.space
             .map_dma(iova, &memory, window.access)
             .map_err(|source| refused(window, source))?;
         let window = Window {
@@ -99,7 +100,7 @@ impl Dma {
         // One by one: the kernel's own unmapping of ranges stops at the first difficulty.
         while let Some((&start, window)) = windows.range(iova.0..=last).next() {
             let len = window.last - start + 1;
-            let unmapped = self.container.unmap_dma(Iova(start), len);
+            let unmapped = self.space.unmap_dma(Iova(start), len);
             let unmapped = unmapped.map_err(|source| FunctionError::Io {
                 what: format!("unmapping {len:#x} bytes at {start:#x} for DMA"),
                 source,

@@ -4,7 +4,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
@@ -62,8 +62,10 @@ pub struct VfioFunction {
     error: EventFd,
     reset: Reset,
     device: Device,
-    group: Group,
+    group: Option<Group>,
     dma: Dma,
+    /// Gone when all of the above is closed.
+    open: Arc<()>,
 }
 
 impl VfioFunction {
@@ -83,7 +85,7 @@ impl VfioFunction {
         let Opened {
             device,
             group,
-            container,
+            space,
         } = open(&Host::new(), address)?;
         let device_info = device
             .info()
@@ -91,7 +93,7 @@ impl VfioFunction {
         if !device_info.is_pci {
             return Err(VfioError::NotPci { address });
         }
-        let dma = Dma::new(container).map_err(failed("asking for the IOMMU's addresses"))?;
+        let dma = Dma::new(space).map_err(failed("asking for the IOMMU's addresses"))?;
         let config = device
             .region(VFIO_PCI_CONFIG_REGION_INDEX)
             .map_err(failed("asking for the configuration space"))?;
@@ -147,12 +149,23 @@ impl VfioFunction {
             device,
             group,
             dma,
+            open: Arc::default(),
         })
     }
 
     /// The function's address.
     pub fn address(&self) -> PciAddress {
         self.address
+    }
+
+    /// Whether it was opened by its own node, with iommufd, and not by its group's.
+    pub fn has_iommufd(&self) -> bool {
+        self.group.is_none()
+    }
+
+    /// Can be upgraded until the function is closed: dropping it only begins that, and may take long.
+    pub fn open_mark(&self) -> Weak<()> {
+        Arc::downgrade(&self.open)
     }
 
     /// Is signalled when the kernel wants the function back, because it is to be unplugged or its
@@ -273,6 +286,10 @@ impl Function for VfioFunction {
         &self.info
     }
 
+    fn pci_address(&self) -> Option<PciAddress> {
+        Some(self.address)
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
         let place = self.config_place(offset, data.len())?;
         self.device.read(place, data).map_err(|source| {
@@ -379,7 +396,7 @@ impl Function for VfioFunction {
         self.change_command(command::MEMORY, command::BUS_MASTER)?;
         let outcome = match self.reset {
             Reset::Function => self.device.reset(),
-            Reset::Slot => self.device.hot_reset(&self.group),
+            Reset::Slot => self.device.hot_reset(self.group.as_ref()),
             Reset::None => {
                 return Err(FunctionError::Unsupported(format!(
                     "{} has no reset of its own, and no slot that can be reset without others",

@@ -7,15 +7,16 @@
 //! - `open` finds the descriptors (`device`) and says what is in the way.
 //! - `function` is the [`Function`](crate::Function); `bar`, `interrupts` and `dma` are its parts, and
 //!   `msix` finds the table that belongs to the kernel.
+//! - `space` is what DMA goes through: a container, or an IOAS of iommufd.
 //! - `sys` has the ioctls. It and `bar` are the only unsafe code.
 //!
 //! It stands on the ioctls themselves and not on the crate `vfio-ioctls`, whose device loses the errors
 //! of accesses and resets, panics when it is dropped after its function has left sysfs, and has
 //! neither mappings of BARs, nor read-only DMA, nor IOVA ranges, nor resets of slots.
 //!
-//! It uses the group interface (`/dev/vfio/N`), which every kernel with VFIO has. The newer one
-//! (iommufd and `/dev/vfio/devices`) is not used: a kernel that has only that, without
-//! `CONFIG_VFIO_GROUP`, is not supported.
+//! Where the kernel has them, a function is opened by its own node (`/dev/vfio/devices/vfioN`) and sees
+//! an address space of iommufd (`iommufd`); elsewhere by its group's node (`/dev/vfio/N`) and a
+//! container, which every kernel with VFIO had before.
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code, reason = "volatile access to mapped BARs")]
@@ -25,8 +26,10 @@ mod dma;
 mod error;
 mod function;
 mod interrupts;
+mod iommufd;
 mod msix;
 mod open;
+mod space;
 #[allow(unsafe_code, reason = "VFIO is ioctls")]
 mod sys;
 

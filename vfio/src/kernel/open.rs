@@ -8,24 +8,81 @@ use std::path::Path;
 
 use super::VfioError;
 use super::device::{Container, Device, Group};
+use super::iommufd::AddressSpace;
+use super::space::Space;
 use crate::PciAddress;
-use crate::sysfs::{Host, Inventory, PciFunction, User};
+use crate::sysfs::{Host, IOMMUFD, Inventory, PciFunction, User};
 
 /// The descriptors of a function. The order is that in which they have to be closed.
 pub(super) struct Opened {
     pub(super) device: Device,
-    pub(super) group: Group,
-    pub(super) container: Container,
+    /// Its group, unless it was opened by its own node.
+    pub(super) group: Option<Group>,
+    pub(super) space: Space,
 }
 
-/// Opens a function: its group alone in a container of its own, so that no other function
-/// reaches the memory that is mapped for this one.
+/// Opens a function: alone in an address space of its own, so that no other function reaches the
+/// memory that is mapped for this one.
 pub(super) fn open(host: &Host, address: PciAddress) -> Result<Opened, VfioError> {
     let inventory = Inventory::read(host);
     let function = inventory
         .find(address)
         .ok_or(VfioError::NotFound { address })?;
     let number = check(function)?;
+    match &function.device_node {
+        Some(node) => by_device(host, function, number, &host.path(node)),
+        None => by_group(host, function, number),
+    }
+}
+
+/// By the function's own node, with iommufd.
+fn by_device(
+    host: &Host,
+    function: &PciFunction,
+    number: u32,
+    node: &Path,
+) -> Result<Opened, VfioError> {
+    let address = function.address;
+    let iommufd = host.path(IOMMUFD);
+    let space = AddressSpace::new(&iommufd).map_err(|e| no_node(address, &iommufd, e))?;
+    let device = Device::open(node).map_err(|e| no_node(address, node, e))?;
+    let bound = space.bind(&device).and_then(|()| space.attach(&device));
+    bound.map_err(|source| match source.raw_os_error() {
+        Some(libc::EPERM) => VfioError::NotIsolated {
+            address,
+            group: number,
+            source,
+        },
+        // Some member of the group belongs to a driver of this host, or the function to someone
+        // else: the kernel says EINVAL where that is by the same node.
+        Some(libc::EBUSY | libc::EINVAL) => match in_the_way(function) {
+            others if others.is_empty() => VfioError::GroupBusy {
+                address,
+                group: number,
+                holder: holder(function, &node.display().to_string()),
+            },
+            others => VfioError::GroupNotViable {
+                address,
+                group: number,
+                others,
+            },
+        },
+        _ => VfioError::Io {
+            address,
+            what: "giving the function an address space of iommufd",
+            source,
+        },
+    })?;
+    Ok(Opened {
+        device,
+        group: None,
+        space: Space::Iommufd(space),
+    })
+}
+
+/// By its group's node, with a container.
+fn by_group(host: &Host, function: &PciFunction, number: u32) -> Result<Opened, VfioError> {
+    let address = function.address;
     let container = container(host, address)?;
     let group = group(host, function, number)?;
     let failed = |what| {
@@ -69,8 +126,8 @@ pub(super) fn open(host: &Host, address: PciAddress) -> Result<Opened, VfioError
         })?;
     Ok(Opened {
         device,
-        group,
-        container,
+        group: Some(group),
+        space: Space::Container(container),
     })
 }
 
@@ -174,6 +231,20 @@ mod tests {
         };
         host.function(ADDRESS, &function);
         host
+    }
+
+    #[test]
+    fn function_with_a_node_of_its_own_is_opened_by_it_and_others_by_their_group() {
+        let host = host(Some("vfio-pci"), Some(7));
+        host.directory(&format!("sys/bus/pci/devices/{ADDRESS}/vfio-dev/vfio3"));
+        host.file("dev/vfio/devices/vfio3", "");
+        // There is no iommufd: the node is of no use.
+        let text = refusal(&host).to_string();
+        assert!(text.contains("dev/vfio/vfio "), "{text}");
+        host.file("dev/iommu", "");
+        assert!(matches!(refusal(&host), VfioError::Node { .. }));
+        let text = refusal(&host).to_string();
+        assert!(text.contains("dev/iommu "), "{text}");
     }
 
     fn refusal(host: &FakeHost) -> VfioError {

@@ -1,25 +1,38 @@
-//! The ioctls of `linux/vfio.h`.
+//! The ioctls of `linux/vfio.h` and `linux/iommufd.h`.
 //!
 //! Rules of this module:
 //!
 //! 1. Descriptors are borrowed from owners that outlive the call.
-//! 2. A structure is a byte buffer whose first word, `argsz`, is its length. The kernel reads
-//!    and writes no byte behind `argsz`, so that no request can touch memory that is not the
-//!    buffer's. Requests of that form are the [`Structured`] ones, and only this module can
-//!    name them.
+//! 2. A structure is a byte buffer whose first word, `argsz` (`size` with iommufd), is its length.
+//!    The kernel reads and writes no byte behind that, so that no request can touch memory that is
+//!    not the buffer's. Requests of that form are the [`Structured`] ones, and only this module
+//!    can name them.
 //! 3. Other requests take nothing, a number, or a pointer that lives for the call.
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use iommufd_bindings::iommufd::{
+    IOMMUFD_CMD_IOAS_ALLOC, IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_IOAS_MAP,
+    IOMMUFD_CMD_IOAS_UNMAP, IOMMUFD_TYPE, iommu_ioas_iova_ranges,
+};
 use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_TYPE};
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr};
+
+/// More ranges than this an IOMMU does not have.
+const MAX_RANGES: u32 = 4096;
 
 /// A request's number. VFIO's say nothing of direction and size.
 const fn request(number: u32) -> libc::c_ulong {
     ioctl_expr(_IOC_NONE, VFIO_TYPE as u32, VFIO_BASE + number, 0)
+}
+
+/// The same for iommufd's.
+const fn iommufd_request(number: u32) -> libc::c_ulong {
+    ioctl_expr(_IOC_NONE, IOMMUFD_TYPE as u32, number, 0)
 }
 
 /// Requests that take nothing or a number.
@@ -44,6 +57,11 @@ pub(super) enum Structured {
     IommuGetInfo,
     IommuMapDma,
     IommuUnmapDma,
+    DeviceBindIommufd,
+    DeviceAttachIoas,
+    IoasAllocate,
+    IoasMap,
+    IoasUnmap,
 }
 
 impl Plain {
@@ -69,6 +87,11 @@ impl Structured {
             Self::DeviceGetHotResetInfo | Self::IommuGetInfo => 12,
             Self::DeviceHotReset | Self::IommuMapDma => 13,
             Self::IommuUnmapDma => 14,
+            Self::DeviceBindIommufd => 18,
+            Self::DeviceAttachIoas => 19,
+            Self::IoasAllocate => return iommufd_request(IOMMUFD_CMD_IOAS_ALLOC),
+            Self::IoasMap => return iommufd_request(IOMMUFD_CMD_IOAS_MAP),
+            Self::IoasUnmap => return iommufd_request(IOMMUFD_CMD_IOAS_UNMAP),
         })
     }
 }
@@ -159,6 +182,35 @@ pub(super) fn structured(
     })
 }
 
+/// `IOMMU_IOAS_IOVA_RANGES`: an address space's page size, and its first `room` ranges, first and
+/// last address; or an error that says how many there are (EMSGSIZE).
+pub(super) fn iova_ranges(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+    room: &mut Vec<[u64; 2]>,
+) -> io::Result<u64> {
+    type Ranges = iommu_ioas_iova_ranges;
+    let mut args = Args::new(size_of::<Ranges>());
+    args.set_u32(offset_of!(Ranges, ioas_id), ioas);
+    args.set_u32(offset_of!(Ranges, num_iovas), room.len() as u32);
+    args.set_u64(offset_of!(Ranges, allowed_iovas), room.as_mut_ptr() as u64);
+    // SAFETY: rules 1 and 2, but for one pointer in the structure: the kernel writes at most
+    // `num_iovas` ranges there, each of two u64, and that is what there is room for.
+    let outcome = checked(unsafe {
+        libc::ioctl(
+            iommufd.as_raw_fd(),
+            iommufd_request(IOMMUFD_CMD_IOAS_IOVA_RANGES) as _,
+            args.0.as_mut_ptr().cast::<libc::c_void>(),
+        )
+    });
+    room.resize(
+        args.u32(offset_of!(Ranges, num_iovas)).min(MAX_RANGES) as usize,
+        [0; 2],
+    );
+    outcome?;
+    Ok(args.u64(offset_of!(Ranges, out_iova_alignment)))
+}
+
 /// `VFIO_GROUP_SET_CONTAINER`.
 pub(super) fn set_container(group: BorrowedFd<'_>, container: BorrowedFd<'_>) -> io::Result<()> {
     let container: RawFd = container.as_raw_fd();
@@ -192,6 +244,10 @@ mod tests {
         assert_eq!(Plain::GetApiVersion.number(), 0x3b64);
         assert_eq!(Plain::DeviceReset.number(), 0x3b6f);
         assert_eq!(Structured::IommuMapDma.number(), 0x3b71);
+        assert_eq!(Structured::DeviceBindIommufd.number(), 0x3b76);
+        // `_IO(';', 0x80 + n)` of linux/iommufd.h.
+        assert_eq!(Structured::IoasAllocate.number(), 0x3b81);
+        assert_eq!(Structured::IoasUnmap.number(), 0x3b86);
     }
 
     #[test]

@@ -6,11 +6,13 @@
 //! driver of this host sees a tenant's data in between, and gives back the rest.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use log::{info, warn};
 
 use super::host::{attribute, link_name, names};
 use super::inventory::{Inventory, is_vfio};
+use super::obstacles::answers;
 use super::process::{Process, program};
 use super::record::{Created, Loan, RecordFile};
 use super::users::{claim_disks, holders_of_node};
@@ -23,6 +25,8 @@ pub struct Bindings {
     pub(super) host: Host,
     pub(super) record: RecordFile,
     pub(super) me: Process,
+    /// Functions that are let go of but not closed.
+    closing: Mutex<Vec<PciAddress>>,
 }
 
 impl Bindings {
@@ -49,6 +53,7 @@ impl Bindings {
             record: RecordFile::open(state_dir)?,
             host,
             me,
+            closing: Mutex::default(),
         };
         bindings.repair(keep)?;
         Ok(bindings)
@@ -129,6 +134,13 @@ impl Bindings {
             });
         }
         self.refuse_obstacles(function, bind)?;
+        // The kernel would try for a minute to reset it.
+        if !answers(&self.host, address) {
+            return Err(SysfsError::Obstacle {
+                address,
+                obstacle: Obstacle::NoAnswer(address),
+            });
+        }
         if function.is_bound_to_vfio() {
             return Ok(());
         }
@@ -273,7 +285,23 @@ impl Bindings {
         Ok(loan.former_driver)
     }
 
+    /// Leaves a function as it is from now on, and on record: the kernel is still closing it,
+    /// and whoever gave it back would wait for that.
+    pub fn leave(&self, address: PciAddress) {
+        let mut closing = self.closing.lock().unwrap_or_else(PoisonError::into_inner);
+        closing.push(address);
+    }
+
+    pub(super) fn refuse_closing(&self, address: PciAddress) -> Result<(), SysfsError> {
+        let closing = self.closing.lock().unwrap_or_else(PoisonError::into_inner);
+        match closing.contains(&address) {
+            true => Err(SysfsError::Closing { address }),
+            false => Ok(()),
+        }
+    }
+
     fn refuse_open(&self, address: PciAddress) -> Result<(), SysfsError> {
+        self.refuse_closing(address)?;
         let directory = self.host.function(address);
         let group = link_name(&directory.join("iommu_group"));
         let devices = names(&directory.join("vfio-dev"));
@@ -350,7 +378,7 @@ impl Drop for Bindings {
 }
 
 /// An error and its causes, as one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(source) = cause {

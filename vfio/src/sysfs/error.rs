@@ -36,6 +36,12 @@ pub enum SysfsError {
         /// The driver that has it, or `no driver`.
         driver: String,
     },
+    /// This process has let go of it, and the kernel has not.
+    #[error("the kernel is still closing {address}")]
+    Closing {
+        /// The function.
+        address: PciAddress,
+    },
     /// Another process has lent it.
     #[error("{address} is lent by process {pid} already; end that one first")]
     Lent {

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::host::{attribute, link_name, names, number};
 use super::obstacles::obstacles;
 use super::users::Usage;
-use super::{ClassCode, Host, Obstacle, User};
+use super::{ClassCode, Host, IOMMUFD, Obstacle, User};
 use crate::PciAddress;
 
 /// All functions, ascending by address.
@@ -34,6 +34,9 @@ pub struct PciFunction {
     pub driver: Option<String>,
     /// The IOMMU group that it is in: the least that an IOMMU can tell apart.
     pub iommu_group: Option<u32>,
+    /// Its own node below the root (`dev/vfio/devices/vfioN`), while VFIO has it, where the kernel
+    /// has such nodes and iommufd. It is opened by that then, and by its group's node otherwise.
+    pub device_node: Option<String>,
     /// The other functions of that group.
     pub group_members: Vec<Member>,
     /// The NUMA node that it is next to, if the host says so.
@@ -113,6 +116,7 @@ impl Inventory {
                 .filter(|member| member.address != function.address)
                 .cloned()
                 .collect();
+            function.device_node = device_node(host, function.address);
             if !function.class.is_bridge() {
                 function.users = usage.of(&host.function(function.address), function);
             }
@@ -147,6 +151,7 @@ fn function(directory: &Path, address: PciAddress) -> Option<PciFunction> {
         iommu_group: link_name(&group)
             .filter(|_| isolates)
             .and_then(|name| name.parse().ok()),
+        device_node: None,
         group_members: Vec::new(),
         // -1 stands for none.
         numa_node: number(&directory.join("numa_node")).and_then(|node| u32::try_from(node).ok()),
@@ -156,6 +161,15 @@ fn function(directory: &Path, address: PciAddress) -> Option<PciFunction> {
         users: Vec::new(),
         obstacles: Vec::new(),
     })
+}
+
+fn device_node(host: &Host, address: PciAddress) -> Option<String> {
+    let name = names(&host.function(address).join("vfio-dev"))
+        .into_iter()
+        .next()?;
+    let node = format!("dev/vfio/devices/{name}");
+    let exists = |path: &str| host.path(path).exists();
+    (exists(&node) && exists(IOMMUFD)).then_some(node)
 }
 
 fn id(directory: &Path, vendor: &str, device: &str) -> String {

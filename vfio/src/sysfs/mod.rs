@@ -22,6 +22,7 @@ mod process;
 mod record;
 pub mod sriov;
 pub mod users;
+mod virtualization;
 
 pub use bindings::Bindings;
 pub use class::ClassCode;
@@ -30,6 +31,9 @@ pub use host::{Host, Kernel};
 pub use inventory::{Inventory, Member, PciFunction, Sriov};
 pub use obstacles::Obstacle;
 pub use users::User;
+
+/// Where iommufd is, below the root.
+pub const IOMMUFD: &str = "dev/iommu";
 
 /// The kernel's generic VFIO driver for PCI functions.
 pub const VFIO_DRIVER: &str = "vfio-pci";

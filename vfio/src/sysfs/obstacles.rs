@@ -1,9 +1,13 @@
 //! What keeps a function from being lent, and what helps.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
+
+use crate::PciAddress;
 
 use super::{Host, Member, PciFunction, User, VFIO_DRIVER};
 
@@ -13,6 +17,8 @@ use super::{Host, Member, PciFunction, User, VFIO_DRIVER};
 pub enum Obstacle {
     /// It is a bridge.
     Bridge,
+    /// Its configuration space reads as all ones. Found only by who lends it.
+    NoAnswer(PciAddress),
     /// No IOMMU isolates it.
     NoIommu,
     /// Other functions in its IOMMU group are in use by this host.
@@ -35,6 +41,7 @@ impl Obstacle {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Bridge => "bridge",
+            Self::NoAnswer(_) => "no-answer",
             Self::NoIommu => "no-iommu",
             Self::SharedGroup { .. } => "shared-group",
             Self::InUse(_) => "in-use",
@@ -47,6 +54,10 @@ impl Obstacle {
     pub fn remedy(&self) -> String {
         match self {
             Self::Bridge => "lend the functions behind it".into(),
+            Self::NoAnswer(address) => format!(
+                "once it has power and a link, `echo 1 >/sys/bus/pci/devices/{address}/remove` and \
+                 then `echo 1 >/sys/bus/pci/rescan` bring it back (docs/runbooks/device-failed.md)"
+            ),
             Self::NoIommu => "switch the IOMMU on in the firmware (VT-d, AMD-Vi), and on Intel \
                  add intel_iommu=on to the kernel's command line"
                 .into(),
@@ -72,6 +83,10 @@ impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bridge => f.write_str("it is a bridge"),
+            Self::NoAnswer(_) => f.write_str(
+                "it does not answer: its configuration space reads as all ones, so it has lost its \
+                 power or its link",
+            ),
             Self::NoIommu => f.write_str("no IOMMU isolates it"),
             Self::SharedGroup { group, members } => {
                 let members = members.iter().map(|member| {
@@ -131,6 +146,19 @@ pub(super) fn obstacles(host: &Host, function: &PciFunction) -> Vec<Obstacle> {
         found.push(Obstacle::NoDriver);
     }
     found
+}
+
+/// Whether a function's configuration space is there. Revision and class tell: the ids of
+/// virtual functions are all ones by design (PCIe 4.0 §9.3.4.1.1).
+///
+/// This is not for inventories: while the kernel resets a function, who reads its configuration
+/// space waits, and the kernel may be at that for a minute.
+pub(super) fn answers(host: &Host, address: PciAddress) -> bool {
+    let mut header = [0; 12];
+    let config = File::open(host.function(address).join("config"));
+    let read = config.and_then(|mut config| config.read_exact(&mut header));
+    // What cannot be read says nothing.
+    read.is_err() || header[8..] != [0xff; 4]
 }
 
 fn join<T: ToString>(items: impl IntoIterator<Item = T>) -> String {

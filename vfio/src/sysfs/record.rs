@@ -47,6 +47,9 @@ pub(super) struct Created {
     pub(super) physical: PciAddress,
     pub(super) count: u16,
     pub(super) owner: Process,
+    /// Secondary NVMe controllers that were given queues and interrupts for it.
+    #[serde(default)]
+    pub(super) secondaries: Vec<u16>,
 }
 
 /// The file that holds the record, changed under a lock and replaced as a whole.

@@ -1,13 +1,17 @@
 //! Making and removing SR-IOV virtual functions.
 
+use std::error::Error;
 use std::io;
 
-use log::info;
+use log::{info, warn};
 
+use super::bindings::chain;
+use super::host::{link_name, names};
 use super::inventory::Inventory;
 use super::record::Created;
-use super::{Bindings, Obstacle, SysfsError, User};
+use super::{Bindings, Obstacle, SysfsError, User, virtualization};
 use crate::PciAddress;
+use crate::nvme_port::AdminPort;
 
 impl Bindings {
     /// Has the physical function make `count` virtual ones, which no driver of this host
@@ -44,6 +48,12 @@ impl Bindings {
             )));
         }
         if sriov.functions.len() == usize::from(count) {
+            let record = self.record.read()?;
+            // A process whose functions these were may have died before they had what they need.
+            if record.sriov.iter().any(|made| self.is_mine(made, physical)) {
+                self.equip(physical, count)
+                    .map_err(|error| refused(chain(error.as_ref())))?;
+            }
             return Ok(sriov.functions.clone());
         }
         if !sriov.functions.is_empty() {
@@ -62,6 +72,7 @@ impl Bindings {
             physical,
             count,
             owner: self.me.clone(),
+            secondaries: Vec::new(),
         };
         self.record.change(|record| {
             record.sriov.retain(|made| made.physical != physical);
@@ -73,6 +84,8 @@ impl Bindings {
             let sriov = inventory.find(physical).and_then(|f| f.sriov.clone());
             let functions = sriov.map_or(Vec::new(), |sriov| sriov.functions);
             if functions.len() == usize::from(count) {
+                self.equip(physical, count)
+                    .map_err(|error| refused(chain(error.as_ref())))?;
                 return Ok(functions);
             }
             Err(refused(format!(
@@ -101,6 +114,40 @@ impl Bindings {
         }
     }
 
+    fn is_mine(&self, made: &Created, physical: PciAddress) -> bool {
+        made.physical == physical && made.owner == self.me
+    }
+
+    /// Gives virtual functions of an NVMe controller what they need to work. What is to be given
+    /// back is on record first.
+    fn equip(&self, physical: PciAddress, count: u16) -> Result<(), Box<dyn Error>> {
+        let Some(port) = self.admin_port(physical)? else {
+            return Ok(());
+        };
+        let ids = virtualization::needy(&port, count)?;
+        self.record.change(|record| {
+            let mut all = record.sriov.iter_mut();
+            if let Some(made) = all.find(|made| self.is_mine(made, physical)) {
+                made.secondaries.extend(&ids);
+                made.secondaries.sort_unstable();
+                made.secondaries.dedup();
+            }
+            Ok(())
+        })?;
+        Ok(virtualization::provide(&port, &ids)?)
+    }
+
+    /// The character device of a function that the NVMe driver has.
+    fn admin_port(&self, physical: PciAddress) -> io::Result<Option<AdminPort>> {
+        let directory = self.host.function(physical);
+        if link_name(&directory.join("driver")).as_deref() != Some("nvme") {
+            return Ok(None);
+        }
+        let names = names(&directory.join("nvme"));
+        let node = names.first().map(|name| self.host.path("dev").join(name));
+        node.map(|node| AdminPort::open(&node)).transpose()
+    }
+
     fn make(&self, physical: PciAddress, count: u16) -> Result<(), SysfsError> {
         let directory = self.host.function(physical);
         let autoprobe = directory.join("sriov_drivers_autoprobe");
@@ -122,13 +169,16 @@ impl Bindings {
     /// someone uses one of them.
     pub fn remove_virtual_functions(&self, physical: PciAddress) -> Result<(), SysfsError> {
         let record = self.record.read()?;
-        let mine = |made: &Created| made.physical == physical && made.owner == self.me;
+        let mine = |made: &Created| self.is_mine(made, physical);
         if !record.sriov.iter().any(mine) {
             return Ok(());
         }
         let inventory = Inventory::read(&self.host);
         let sriov = inventory.find(physical).and_then(|f| f.sriov.as_ref());
         let functions = sriov.map_or(&[][..], |sriov| &sriov.functions);
+        for address in functions {
+            self.refuse_closing(*address)?;
+        }
         let mut users: Vec<User> = Vec::new();
         for function in functions
             .iter()
@@ -141,6 +191,16 @@ impl Bindings {
                 address: physical,
                 obstacle: Obstacle::InUse(users),
             });
+        }
+        for made in record.sriov.iter().filter(|made| mine(made)) {
+            if made.secondaries.is_empty() {
+                continue;
+            }
+            match self.admin_port(physical) {
+                Ok(Some(port)) => virtualization::take_back(&port, &made.secondaries),
+                Ok(None) => {}
+                Err(error) => warn!("{physical}: queues are not given back: {error}"),
+            }
         }
         if !functions.is_empty() {
             let number = self.host.function(physical).join("sriov_numvfs");

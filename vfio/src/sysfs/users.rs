@@ -175,6 +175,9 @@ impl Usage {
         if let Some(group) = function.iommu_group {
             self.openers(&format!("/dev/vfio/{group}"), &mut users);
         }
+        if let Some(node) = &function.device_node {
+            self.openers(&format!("/{node}"), &mut users);
+        }
         users
     }
 

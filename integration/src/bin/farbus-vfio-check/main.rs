@@ -5,23 +5,31 @@
 
 mod edu;
 mod holder;
+mod lend;
 mod nvme;
+mod watched;
 
 use std::error::Error;
 use std::process::ExitCode;
 
+use farbus_integration::counting::Counting;
 use farbus_vfio::kernel::VfioFunction;
 use farbus_vfio::{Function, PciAddress};
 
 const USAGE: &str = "\
 usage: farbus-vfio-check describe ADDRESS          what the function is, and whether it resets
        farbus-vfio-check nvme ADDRESS              drives an NVMe controller; overwrites its data
+       farbus-vfio-check lend ADDRESS              lends an NVMe controller to two tenants in turn, and
+                                                   looks at what stays and what an I/O costs
        farbus-vfio-check edu ADDRESS               drives QEMU's teaching device
        farbus-vfio-check map ADDRESS COUNT BYTES   maps windows for DMA
        farbus-vfio-check hold ADDRESS              holds the function until it is asked for, or fails
        farbus-vfio-check outlive ADDRESS           holds the function until it is gone, then uses it
 
 exit status: 0 done, 1 failed, 2 usage";
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 /// What a check comes to.
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -32,6 +40,7 @@ fn main() -> ExitCode {
     let outcome = match words[..] {
         ["describe", address] => open(address).and_then(|function| describe(&function)),
         ["nvme", address] => nvme::check(address),
+        ["lend", address] => lend::check(address),
         ["edu", address] => open(address).and_then(|function| edu::check(&function)),
         ["map", address, count, bytes] => holder::map(address, count, bytes),
         ["hold", address] => open(address).and_then(holder::hold),
@@ -79,6 +88,11 @@ fn describe(function: &VfioFunction) -> Outcome {
         "two reads of configuration space differ",
     )?;
     println!("label: {}", info.label);
+    let interface = match function.has_iommufd() {
+        true => "its own node, with iommufd",
+        false => "its group's node",
+    };
+    println!("opened by: {interface}");
     println!(
         "id: {:02x}{:02x}:{:02x}{:02x}",
         header[1], header[0], header[3], header[2]

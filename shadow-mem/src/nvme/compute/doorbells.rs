@@ -50,6 +50,9 @@ fn store(page: &VolatileSlice<'_>, at: usize, value: u32) {
 impl ComputeHalf {
     /// The guest's Doorbell Buffer Config command.
     pub(super) fn configure_doorbells(&mut self, sqe: &SubmissionEntry) -> Status {
+        if !self.offers_shadow_doorbells {
+            return Status::INVALID_OPCODE;
+        }
         let pages = [sqe.prp1(), sqe.prp2()];
         if pages.iter().any(|page| page % PAGE_SIZE as u64 != 0) {
             return Status::INVALID_PRP_OFFSET;
@@ -159,6 +162,9 @@ impl ComputeHalf {
 
     /// Tells the guest, in the Identify data that has landed, that there are shadow doorbells.
     pub(super) fn offer_doorbells(&self, shadow: ShadowRange, segments: usize) {
+        if !self.offers_shadow_doorbells {
+            return;
+        }
         let mut skip = identify::DOORBELL_BUFFER_BYTE;
         for segment in self.segments.of(shadow, segments) {
             if skip >= u64::from(segment.len) {

@@ -61,6 +61,7 @@ pub struct ComputeHalf {
     life: Lifecycle,
     memory: GuestMemory,
     queues: Queues,
+    offers_shadow_doorbells: bool,
     shadow_doorbells: Option<ShadowDoorbells>,
     tags: Tags,
     shadow: ShadowAllocator,
@@ -95,6 +96,7 @@ impl ComputeHalf {
             life: Lifecycle::new(),
             memory: GuestMemory::default(),
             queues: Queues::new(),
+            offers_shadow_doorbells: false,
             shadow_doorbells: None,
             tags: Tags::new(tags),
             shadow: ShadowAllocator::new(shadow_len),
@@ -110,6 +112,12 @@ impl ComputeHalf {
             scratch: shared_memory("farbus-scratch", description.max_transfer as usize)?,
             description,
         })
+    }
+
+    /// From now on the guest may keep its doorbells in its own memory: whoever runs this half
+    /// calls [`Self::arm_doorbells`] before each sleep.
+    pub fn offer_shadow_doorbells(&mut self) {
+        self.offers_shadow_doorbells = true;
     }
 
     /// Reads BAR0; never waits. Doorbells and what the mirror does not hold read as 0.

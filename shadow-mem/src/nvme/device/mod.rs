@@ -10,6 +10,7 @@ mod complete;
 mod controller;
 mod host_memory;
 mod probe;
+mod settings;
 mod submit;
 mod tags;
 
@@ -25,13 +26,14 @@ use farbus_fabric::{FabricError, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
-    RegionIndex,
+    PciAddress, RegionIndex,
 };
 use log::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::arena::Arena;
 use self::controller::Controller;
+pub use self::settings::Settings;
 use self::tags::Tags;
 use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
 use super::ring::CompletionCursor;
@@ -89,6 +91,17 @@ pub enum DeviceError {
         /// How many bytes were to be mapped.
         len: u64,
     },
+    /// Nothing of the function answers.
+    #[error(
+        "the function does not answer: its {what}; it has lost its power or its link without the \
+         kernel's knowledge, or its firmware hangs{}", remedy(*.address)
+    )]
+    NoAnswer {
+        /// What shows it, as a clause.
+        what: &'static str,
+        /// Where it sits, if it is a PCI function of this host.
+        address: Option<PciAddress>,
+    },
     /// The controller did not do what the specification says.
     #[error("the controller {0}")]
     Controller(String),
@@ -109,6 +122,7 @@ struct SubmissionQueue {
 pub struct DeviceHalf {
     function: Arc<dyn Function>,
     description: NvmeDescription,
+    settings: Settings,
     arena: Arena,
     shadow: DmaWindow,
     host_memory: Option<DmaWindow>,
@@ -133,6 +147,16 @@ impl DeviceHalf {
     /// Takes hold of a function: resets it, gives it the claim's fresh memory, and asks it
     /// what it is.
     pub fn open(function: Arc<dyn Function>, limits: Limits) -> Result<Self, DeviceError> {
+        Self::open_as(function, limits, None)
+    }
+
+    /// As [`Self::open`], of a function that had [`Self::settings`] before its first tenant:
+    /// it has them again.
+    pub fn open_as(
+        function: Arc<dyn Function>,
+        limits: Limits,
+        settings: Option<&Settings>,
+    ) -> Result<Self, DeviceError> {
         check_class(function.as_ref())?;
         let info = function.info();
         if info.resettable {
@@ -169,6 +193,7 @@ impl DeviceHalf {
                 queue_pairs: 1,
                 namespaces: super::description::Namespaces::default(),
             },
+            settings: Settings::default(),
             arena,
             shadow,
             host_memory: None,
@@ -188,8 +213,13 @@ impl DeviceHalf {
         half.function.map_dma(&half.shadow)?;
         half.function.map_dma(&half.arena.window())?;
         half.function.set_interrupts(kind, 0, &events)?;
-        half.probe()?;
+        half.probe(settings)?;
         Ok(half)
+    }
+
+    /// What was set in the controller before its first tenant.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The controller as the guest will see it.
@@ -442,6 +472,18 @@ impl Drop for DeviceHalf {
     }
 }
 
+/// How a function of this host that does not answer is brought back: the kernel has to set up
+/// its registers anew, and does that only for a function that it has just found.
+fn remedy(address: Option<PciAddress>) -> String {
+    let Some(address) = address else {
+        return String::new();
+    };
+    format!(
+        "; once it has power, `echo 1 >/sys/bus/pci/devices/{address}/remove` and then \
+         `echo 1 >/sys/bus/pci/rescan` bring it back (docs/runbooks/device-failed.md)"
+    )
+}
+
 /// Looks before anything is written whether this is an NVMe controller (PCI 3.0 §6.2.1: class
 /// code at offset 9).
 fn check_class(function: &dyn Function) -> Result<(), DeviceError> {
@@ -449,6 +491,11 @@ fn check_class(function: &dyn Function) -> Result<(), DeviceError> {
     function.config_read(0x08, &mut code)?;
     match u32::from_le_bytes(code) >> 8 {
         PCI_CLASS => Ok(()),
+        // The ids may be the kernel's, who answers for them; revision and class are not.
+        0xff_ffff => Err(DeviceError::NoAnswer {
+            what: "configuration space reads as all ones",
+            address: function.pci_address(),
+        }),
         class => Err(DeviceError::NoEngine { class }),
     }
 }

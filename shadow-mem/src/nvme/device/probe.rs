@@ -13,7 +13,7 @@ use super::super::identify;
 use super::super::transfer::feature;
 use super::controller::Update;
 use super::submit::push;
-use super::{DeviceError, DeviceHalf};
+use super::{DeviceError, DeviceHalf, Settings};
 
 /// How long one of our own commands may take: less than the silence that a peer puts up with.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(3);
@@ -22,8 +22,20 @@ const POLL: Duration = Duration::from_millis(1);
 
 impl DeviceHalf {
     /// Enables the controller, asks, and disables it again.
-    pub(super) fn probe(&mut self) -> Result<(), DeviceError> {
+    pub(super) fn probe(&mut self, settings: Option<&Settings>) -> Result<(), DeviceError> {
         let cap = self.controller.cap;
+        // No controller has a CAP of this kind (NVMe 1.4 §3.1.1: MQES is never 0).
+        let silent = match cap {
+            0 => Some("registers read as all zeroes (CAP 0x0)"),
+            u64::MAX => Some("registers read as all ones"),
+            _ => None,
+        };
+        if let Some(what) = silent {
+            return Err(DeviceError::NoAnswer {
+                what,
+                address: self.function.pci_address(),
+            });
+        }
         if cap & cap::MPSMIN_MASK != 0 || cap & cap::CSS_NVM == 0 {
             return Err(DeviceError::Controller(format!(
                 "has no pages of 4 KiB or no NVM command set (CAP {cap:#x})"
@@ -43,6 +55,12 @@ impl DeviceHalf {
             queue_pairs,
             namespaces: self.ask_namespaces(&controller)?,
         };
+        let namespaces = self.description.namespaces.clone();
+        let found = self.ask_settings(&namespaces)?;
+        if let Some(wanted) = settings {
+            self.put_back(wanted, &found)?;
+        }
+        self.settings = settings.cloned().unwrap_or(found);
         self.prepare_host_memory(&controller)?;
         if let Update::Failed { text, .. } = self.configure(0) {
             return Err(DeviceError::Controller(text));

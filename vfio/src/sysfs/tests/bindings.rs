@@ -46,6 +46,36 @@ fn a_function_is_bound_while_it_is_lent_and_given_back_at_the_end() {
 }
 
 #[test]
+fn function_without_power_is_not_lent_and_a_virtual_one_without_ids_is() {
+    let host = host_with_nvme();
+    let config = host.path(&format!("sys/bus/pci/devices/{NVME}/config"));
+    std::fs::write(&config, [0xff; 64]).unwrap();
+    let bindings = open(&host, &[]);
+    let text = bindings.lend(address(NVME), true).unwrap_err().to_string();
+    for words in ["does not answer", &format!("/{NVME}/remove"), "rescan"] {
+        assert!(text.contains(words), "{words:?} is not in: {text}");
+    }
+    assert_eq!(host.driver_of(NVME).as_deref(), Some("nvme"));
+    let mut header = [0; 64];
+    header[..4].fill(0xff);
+    std::fs::write(&config, header).unwrap();
+    bindings.lend(address(NVME), true).unwrap();
+}
+
+#[test]
+fn function_that_the_kernel_still_closes_is_left_to_the_next_start() {
+    let host = host_with_nvme();
+    let bindings = open(&host, &[]);
+    bindings.lend(address(NVME), true).unwrap();
+    bindings.leave(address(NVME));
+    drop(bindings);
+    assert_eq!(host.driver_of(NVME).as_deref(), Some("vfio-pci"));
+    std::fs::remove_file(host.path(&format!("proc/{MY_PID}/stat"))).unwrap();
+    drop(open_as(&host, MY_PID + 1, &[]));
+    assert_as_before(&host);
+}
+
+#[test]
 fn without_being_asked_to_bind_the_command_says_which_driver_has_it() {
     let host = host_with_nvme();
     let error = open(&host, &[]).lend(address(NVME), false).unwrap_err();
