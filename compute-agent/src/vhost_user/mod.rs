@@ -12,6 +12,7 @@
 //!   the drive and back; [`inflight`]: what survives this process.
 //! - [`drive`]: the drive's driver.
 
+mod bounce;
 pub mod chain;
 pub mod channel;
 pub mod cli;
@@ -19,10 +20,12 @@ pub mod config;
 pub mod device;
 pub mod drive;
 mod fuzz;
+mod handler;
 pub mod inflight;
 pub mod memory;
 pub mod notifier;
 pub mod pieces;
+mod reactor;
 pub mod request;
 pub mod ring;
 pub mod socket;

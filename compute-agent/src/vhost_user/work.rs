@@ -10,6 +10,7 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
+use super::bounce;
 use super::chain::MAX_PARTS;
 use super::config::{MAX_RANGES, MAX_ZEROES};
 use super::drive::{BOUNCE, BounceId, Data, Done, Drive, Shape};
@@ -355,7 +356,16 @@ impl Request {
             let Some(id) = drive.take_bounce() else {
                 return Ok(Submitted::Wait);
             };
-            if opcode == nvm::WRITE && !self.gather(id, piece.len, context.guest, drive)? {
+            if opcode == nvm::WRITE
+                && !bounce::gather(
+                    drive,
+                    id,
+                    context.guest,
+                    &self.segments,
+                    self.cursor,
+                    piece.len,
+                )?
+            {
                 drive.free_bounce(id);
                 self.fail(outcome::ERROR);
                 return Ok(Submitted::Nothing);
@@ -376,51 +386,6 @@ impl Request {
             }
         };
         Ok(Submitted::Yes)
-    }
-
-    /// Copies guest memory into a bounce buffer; false if it is not there any more.
-    fn gather(
-        &self,
-        id: BounceId,
-        len: u32,
-        guest: &Guest,
-        drive: &mut Drive,
-    ) -> Result<bool, DriverError> {
-        let mut at = 0;
-        let mut buffer = [0; 4096];
-        for segment in pieces::within(&self.segments, self.cursor, len) {
-            for (address, len) in chunks(segment) {
-                let part = buffer.get_mut(..len).unwrap_or_default();
-                if guest.read_slice(part, GuestAddress(address)).is_err() {
-                    return Ok(false);
-                }
-                drive.fill_bounce(id, at, part)?;
-                at += len;
-            }
-        }
-        Ok(true)
-    }
-
-    /// Copies a bounce buffer into guest memory.
-    fn scatter(
-        &self,
-        (id, cursor, len): (BounceId, Cursor, u32),
-        guest: &Guest,
-        drive: &mut Drive,
-    ) -> Result<bool, DriverError> {
-        let mut at = 0;
-        let mut buffer = [0; 4096];
-        for segment in pieces::within(&self.segments, cursor, len) {
-            for (address, len) in chunks(segment) {
-                let part = buffer.get_mut(..len).unwrap_or_default();
-                drive.read_bounce(id, at, part)?;
-                if guest.write_slice(part, GuestAddress(address)).is_err() {
-                    return Ok(false);
-                }
-                at += len;
-            }
-        }
-        Ok(true)
     }
 
     /// One of its commands is done.
@@ -444,7 +409,7 @@ impl Request {
         };
         if self.parsed.kind == Kind::Read
             && done.status.is_success()
-            && !self.scatter(used, guest, drive)?
+            && !bounce::scatter(drive, used, guest, &self.segments)?
         {
             self.fail(outcome::ERROR);
         }
@@ -457,14 +422,6 @@ impl Request {
         self.status = status;
         self.work = Work::Done;
     }
-}
-
-/// Parts of a segment that fit in a small buffer: address and length.
-fn chunks(segment: Segment) -> impl Iterator<Item = (u64, usize)> {
-    let Segment { address, len } = segment;
-    (0..len)
-        .step_by(4096)
-        .map(move |at| (address + u64::from(at), (len - at).min(4096) as usize))
 }
 
 /// The blocks that sectors are, if they are whole blocks of the drive: where, and how many.

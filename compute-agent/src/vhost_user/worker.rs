@@ -10,13 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use event_manager::{
-    EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
-};
 use farbus_shadow_mem::polling::{Polling, Waiter};
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
-use log::{debug, info, warn};
+use log::{info, warn};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -24,6 +21,7 @@ use super::channel::{Channel, Ended, Served};
 use super::config::Options;
 use super::device::{Change, Device, Worked};
 use super::drive::{BringUp, Drive};
+use super::reactor::Reactor;
 use super::socket::Socket;
 use crate::reconnect::Source;
 use crate::upkeep::{TICK, Upkeep, signals};
@@ -48,66 +46,6 @@ const CLIENT: u32 = 4;
 const LOST: u32 = 5;
 const BROUGHT_UP: u32 = 6;
 const KICK: u32 = 16;
-
-/// The events of one turn.
-#[derive(Default)]
-struct Inbox(Vec<Events>);
-
-impl MutEventSubscriber for Inbox {
-    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
-        self.0.push(events);
-    }
-
-    fn init(&mut self, _: &mut EventOps<'_>) {}
-}
-
-/// Waits for events, and hands them over.
-struct Reactor {
-    manager: EventManager<Inbox>,
-    id: SubscriberId,
-    events: Vec<Events>,
-}
-
-impl Reactor {
-    fn new() -> anyhow::Result<Self> {
-        let mut manager = EventManager::new().context("the event loop cannot be made")?;
-        Ok(Self {
-            id: manager.add_subscriber(Inbox::default()),
-            manager,
-            events: Vec::new(),
-        })
-    }
-
-    fn ops(&mut self) -> anyhow::Result<EventOps<'_>> {
-        Ok(self.manager.event_ops(self.id)?)
-    }
-
-    fn add(&mut self, fd: i32, data: u32, set: EventSet) -> anyhow::Result<()> {
-        let events = Events::with_data_raw(fd, data, set);
-        self.ops()?
-            .add(events)
-            .map_err(|error| anyhow::anyhow!("the event loop does not take a descriptor: {error}"))
-    }
-
-    fn remove(&mut self, fd: i32) -> anyhow::Result<()> {
-        if let Err(error) = self.ops()?.remove(Events::empty_raw(fd)) {
-            debug!("the event loop did not have a descriptor: {error}");
-        }
-        Ok(())
-    }
-
-    /// Waits; what has happened is in `events`.
-    fn wait(&mut self, timeout: Duration) -> anyhow::Result<()> {
-        let milliseconds = timeout.as_micros().div_ceil(1000);
-        self.manager
-            .run_with_timeout(i32::try_from(milliseconds).unwrap_or(i32::MAX))
-            .context("the event loop failed")?;
-        let inbox = self.manager.subscriber_mut(self.id)?;
-        self.events.clear();
-        self.events.append(&mut inbox.0);
-        Ok(())
-    }
-}
 
 /// See the module's own description.
 pub struct Worker {
@@ -144,7 +82,7 @@ impl Worker {
         options: Options,
         polling: Polling,
     ) -> anyhow::Result<Self> {
-        remote.gather_doorbells();
+        remote.look_for_doorbells();
         let mut reactor = Reactor::new()?;
         let upkeep = Upkeep::new(remote.clone(), source, LINK)?;
         let signals = signals()?;
@@ -366,19 +304,19 @@ impl Worker {
             }
         };
         let device = device.clone();
-        if let Err(error) = self.admit(stream, device) {
+        if let Err(error) = self.admit(stream, &device) {
             warn!("a VMM could not be let in: {error:#}");
         }
         Ok(())
     }
 
-    fn admit(&mut self, stream: UnixStream, device: Arc<Mutex<Device>>) -> anyhow::Result<()> {
+    fn admit(&mut self, stream: UnixStream, device: &Arc<Mutex<Device>>) -> anyhow::Result<()> {
         let peer = pid_of(&stream);
         let channel = Channel::new(stream, device.clone())?;
         // A message that never ends is told of once.
         let set = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         self.reactor.add(channel.as_raw_fd(), CLIENT, set)?;
-        lock(&device).open(peer);
+        lock(device).open(peer);
         info!(
             "a VMM has connected{}",
             peer.map_or(String::new(), |pid| format!(" (pid {pid})"))

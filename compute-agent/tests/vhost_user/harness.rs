@@ -1,7 +1,6 @@
 //! A guest: memory, one queue, and a driver that makes any chain.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -65,7 +64,7 @@ pub(crate) fn options() -> Options {
 
 fn same(event: &EventFd) -> File {
     let fd = farbus_vfio::user::event::borrow(event);
-    File::from(OwnedFd::from(fd.try_clone_to_owned().unwrap()))
+    File::from(fd.try_clone_to_owned().unwrap())
 }
 
 fn device(function: &Arc<dyn Function>, options: &Options) -> Device {
