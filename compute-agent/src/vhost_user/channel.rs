@@ -108,7 +108,7 @@ impl Channel {
             return Ok(Served::None);
         };
         // Room for any reply: a client that lets them pile up does not read them.
-        if !self.is_writable()? {
+        if !self.is(PollFlags::OUT)? {
             return Err(Ended::Protocol("it does not read its replies"));
         }
         if next.request == FrontendReq::GET_VRING_BASE as u32 {
@@ -116,7 +116,12 @@ impl Channel {
                 .first
                 .ok_or(Ended::Protocol("a message came in pieces"))?;
             if !self.device().quiesce(index) {
-                return Ok(Served::Waits);
+                // What has to be waited for can take long; nobody waits for a client that is gone.
+                return if self.is(PollFlags::RDHUP | PollFlags::HUP)? {
+                    Err(Ended::Closed)
+                } else {
+                    Ok(Served::Waits)
+                };
             }
         }
         if next.request == FrontendReq::SET_BACKEND_REQ_FD as u32 {
@@ -167,15 +172,16 @@ impl Channel {
         }))
     }
 
-    fn is_writable(&self) -> Result<bool, Ended> {
-        let mut fds = [PollFd::new(&self.stream, PollFlags::OUT)];
+    /// Whether the socket is in one of these states.
+    fn is(&self, flags: PollFlags) -> Result<bool, Ended> {
+        let mut fds = [PollFd::new(&self.stream, flags)];
         let now = rustix::event::Timespec {
             tv_sec: 0,
             tv_nsec: 0,
         };
         match poll(&mut fds, Some(&now)) {
-            Ok(_) => Ok(fds.iter().all(|fd| fd.revents().contains(PollFlags::OUT))),
-            Err(Errno::INTR) => Ok(true),
+            Ok(_) => Ok(fds.iter().any(|fd| fd.revents().intersects(flags))),
+            Err(Errno::INTR) => Ok(flags == PollFlags::OUT),
             Err(error) => Err(error.into()),
         }
     }

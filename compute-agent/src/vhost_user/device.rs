@@ -250,7 +250,7 @@ impl Device {
     }
 
     fn round(&mut self, looks: bool) -> Result<bool, DriverError> {
-        let implied = self.acked & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
+        let implied = self.is_enabling_implied();
         let context = context!(self);
         let Some(drive) = &mut self.drive else {
             return Ok(false);
@@ -283,6 +283,10 @@ impl Device {
     /// Has the guest kick when it has something, before this process sleeps. Whether it has
     /// something already.
     pub fn arm(&mut self) -> bool {
+        if self.drive.is_none() || self.fenced {
+            return false;
+        }
+        let implied = self.is_enabling_implied();
         let mut more = false;
         for vring in &mut self.vrings {
             if let Some(ring) = &mut vring.ring {
@@ -290,15 +294,21 @@ impl Device {
                 vring.kicked |= any;
                 // One that is not to be taken from has its turn when it is; one without a kick
                 // is a VMM's way to ask for polling.
-                more |= (any || vring.kick.is_none()) && vring.enabled && !vring.draining;
+                let takes = (vring.enabled || implied) && !vring.draining && !ring.is_broken();
+                more |= (any || vring.kick.is_none()) && takes;
             }
         }
         more
     }
 
+    /// Without the feature there is no message that enables a queue.
+    fn is_enabling_implied(&self) -> bool {
+        self.acked & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0
+    }
+
     fn start_rings(&mut self) {
         let event_idx = self.acked >> VIRTIO_RING_F_EVENT_IDX & 1 == 1;
-        let implied = self.acked & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
+        let implied = self.is_enabling_implied();
         let context = context!(self);
         for (index, vring) in (0u16..).zip(&mut self.vrings) {
             if !vring.started || vring.ring.is_some() || !(vring.enabled || implied) {
