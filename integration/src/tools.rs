@@ -16,6 +16,7 @@ pub mod programs;
 pub mod qemu;
 pub mod sources;
 pub mod tree;
+pub mod uml;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -27,6 +28,7 @@ use self::kernel::{Kernel, KernelFiles};
 use self::packages::{TRIXIE, with_apt};
 use self::qemu::Qemu;
 use self::tree::Tree;
+use self::uml::UserModeLinux;
 use crate::cache::Cache;
 use crate::error::Result;
 
@@ -132,6 +134,7 @@ impl Tools {
         self.qemu()?;
         self.old_qemu()?;
         BlockClients::obtain()?;
+        UserModeLinux::obtain()?;
         for kernel in kernels {
             let files = self.kernel(*kernel)?;
             for userland in userlands {

@@ -3,17 +3,20 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use farbus_integration::attached::{self, AttachedDrive};
 use farbus_integration::daemon::{Daemon, program};
 use farbus_integration::deadline::Deadline;
-use farbus_integration::process::run_tool;
+use farbus_integration::process::{Process, run_tool};
 use farbus_integration::report::{Failure, TestResult};
 use farbus_integration::scratch::Scratch;
+use farbus_integration::tools::Tools;
 use farbus_integration::tools::clients::BlockClients;
+use farbus_integration::tools::initramfs::busybox;
+use farbus_integration::tools::uml::UserModeLinux;
 
 fn image(socket: &Path) -> String {
     format!(
@@ -213,5 +216,48 @@ fn backend_says_what_it_can_do_as_the_conventions_have_it() -> TestResult {
             .as_str()
             .is_some_and(|b| b.ends_with("/farbus-compute-agent"))
     );
+    Ok(())
+}
+
+/// Another kernel's frontend. What its init does is written to a file of this host.
+#[test]
+fn user_mode_linux_writes_and_reads_back() -> TestResult {
+    let uml = UserModeLinux::obtain()?;
+    let module = uml.module("virtio_blk.ko")?;
+    let scratch = Scratch::new("uml")?;
+    let drive = AttachedDrive::start_vhost_user(&scratch, "size=64MiB", &["--num-queues", "1"])?;
+    let (init, report) = (scratch.join("init"), scratch.join("report"));
+    let script = format!(
+        "#!/bin/sh\n\
+         PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
+         exec >{report} 2>&1\n\
+         set -ex\n\
+         mount -t proc proc /proc\n\
+         mount -t sysfs sysfs /sys\n\
+         {busybox} insmod {module}\n\
+         test $(cat /sys/block/vda/size) = 131072\n\
+         dd if=/dev/urandom of={source} bs=1M count=24\n\
+         dd if={source} of=/dev/vda bs=64k oflag=direct conv=fsync\n\
+         dd if=/dev/vda bs=12k count=2048 iflag=direct | cmp - {source}\n\
+         echo all is well\n",
+        report = report.display(),
+        busybox = busybox(Tools::open()?.tree())?.display(),
+        module = module.display(),
+        source = scratch.join("source").display(),
+    );
+    std::fs::write(&init, script)?;
+    std::fs::set_permissions(&init, PermissionsExt::from_mode(0o755))?;
+    let mut command = uml.boot(scratch.path(), &init, &drive.socket)?;
+    let log = File::create(scratch.join("console"))?;
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    // The end of its init is a panic, which ends it.
+    Process::start("uml", command)?.wait(Deadline::secs(90))?;
+    let said = std::fs::read_to_string(&report).unwrap_or_default();
+    let console = std::fs::read_to_string(scratch.join("console"))?;
+    assert!(said.ends_with("all is well\n"), "{said}\n{console}");
+    drive.end()?;
     Ok(())
 }
