@@ -3,7 +3,9 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -17,6 +19,7 @@ use farbus_integration::tools::Tools;
 use farbus_integration::tools::clients::BlockClients;
 use farbus_integration::tools::initramfs::busybox;
 use farbus_integration::tools::uml::UserModeLinux;
+use rustix::io::{FdFlags, fcntl_setfd};
 
 fn image(socket: &Path) -> String {
     format!(
@@ -216,6 +219,36 @@ fn backend_says_what_it_can_do_as_the_conventions_have_it() -> TestResult {
             .as_str()
             .is_some_and(|b| b.ends_with("/farbus-compute-agent"))
     );
+    Ok(())
+}
+
+#[test]
+fn agent_serves_a_socket_that_it_was_started_with() -> TestResult {
+    let clients = BlockClients::obtain()?;
+    let scratch = Scratch::new("vhost-fd")?;
+    let path = scratch.join("inherited.sock");
+    let listener = UnixListener::bind(&path)?;
+    fcntl_setfd(&listener, FdFlags::empty())?;
+    let spec = format!("path={},size=64MiB", scratch.join("disk.img").display());
+    let server = attached::serve(&spec)?;
+    let number = listener.as_raw_fd().to_string();
+    let agent = Daemon::start(
+        "farbus-compute-agent",
+        &[
+            "attach",
+            "--from",
+            &attached::address(&server),
+            "--export",
+            attached::EXPORT,
+            "--fd",
+            &number,
+        ],
+    )?;
+    drop(listener);
+    let script = ["write -P 7 0 1M", "read -P 7 0 1M"];
+    qemu_io(&clients, &path, &words(&script))?;
+    agent.terminate()?;
+    server.terminate()?;
     Ok(())
 }
 

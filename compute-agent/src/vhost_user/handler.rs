@@ -144,7 +144,8 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let call = notifier(fd)?;
-        self.vring(index.into())?.call = call;
+        let vring = self.vring(index.into())?;
+        (vring.call, vring.tells_anyway) = (call, true);
         Ok(())
     }
 

@@ -83,8 +83,7 @@ impl Ring {
             parts: Vec::with_capacity(chain::MAX_PARTS),
             broken: false,
             armed: true,
-            // The guest may wait for answers that a former backend did not tell it of.
-            untold: true,
+            untold: false,
         }
     }
 

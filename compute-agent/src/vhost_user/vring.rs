@@ -58,6 +58,10 @@ pub struct Vring {
     pub draining: bool,
     /// There may be new requests.
     pub kicked: bool,
+    /// The guest is told whether it wants to know or not: of what was answered by a former backend,
+    /// which was killed before it told, or by this one, while there was nothing to tell by. The
+    /// guest would not ask again.
+    pub tells_anyway: bool,
     /// The VMM was told that it is broken.
     pub told_broken: bool,
 }
@@ -93,7 +97,7 @@ impl Vring {
         ring.take_up(&heads, context);
         self.ring = Some(ring);
         self.kicked = true;
-        self.told_broken = false;
+        (self.tells_anyway, self.told_broken) = (true, false);
         Ok(())
     }
 
@@ -142,10 +146,10 @@ impl Vring {
         let Some(ring) = &mut self.ring else {
             return;
         };
-        if ring.is_to_be_told(guest) {
-            if let Some(call) = &self.call {
-                call.signal();
-            }
+        let wanted = ring.is_to_be_told(guest);
+        if let (true, Some(call)) = (wanted || self.tells_anyway, &self.call) {
+            call.signal();
+            self.tells_anyway = false;
         }
         if ring.is_broken() && !std::mem::replace(&mut self.told_broken, true) {
             if let Some(error) = &self.error {

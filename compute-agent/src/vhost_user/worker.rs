@@ -343,6 +343,8 @@ impl Worker {
             return Ok(());
         }
         (self.unread, self.waits) = (false, false);
+        // A pipe that the VMM has closed would be an event for ever.
+        let kicks = EventSet::IN | EventSet::EDGE_TRIGGERED;
         for _ in 0..BURST {
             let served = channel.serve();
             let changes = lock(device).changes();
@@ -351,7 +353,7 @@ impl Worker {
                     Change::New(index) => match lock(device).kick(index) {
                         Some(kick) => {
                             let (fd, data) = (kick.as_raw_fd(), KICK + u32::from(index));
-                            self.reactor.add(fd, data, EventSet::IN)
+                            self.reactor.add(fd, data, kicks)
                         }
                         None => Ok(()),
                     },

@@ -155,6 +155,16 @@ impl Guest {
         self.set_up();
     }
 
+    /// The drive's controller loses all that it has, and is brought up again.
+    pub(crate) fn fail_drive(&mut self) {
+        self.function.reset().unwrap();
+        let failed = self.device.failed_drive().expect("it has not failed");
+        failed.shut();
+        let queues = self.options.num_queues;
+        let drive = Drive::bring_up(self.function.clone(), queues).unwrap();
+        self.device.drive_is_back(drive);
+    }
+
     pub(crate) fn put(&self, address: u64, bytes: &[u8]) {
         let slice = self.memory.as_volatile_slice();
         slice.write_slice(bytes, address as usize).unwrap();
