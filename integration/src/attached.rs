@@ -77,7 +77,15 @@ fn start_agent(
 ) -> Result<Daemon> {
     let socket = socket.display().to_string();
     let mut arguments = vec![
-        "attach", "--from", address, "--export", export, kind, &socket,
+        "--log-level",
+        "debug",
+        "attach",
+        "--from",
+        address,
+        "--export",
+        export,
+        kind,
+        &socket,
     ];
     arguments.extend(options);
     Daemon::start("farbus-compute-agent", &arguments)

@@ -18,7 +18,7 @@ use farbus_integration::attached::{self, AttachedDrive};
 use farbus_integration::daemon::{self, Daemon, Ended};
 use farbus_integration::deadline::Deadline;
 use farbus_integration::process::Kill;
-use farbus_integration::report::TestResult;
+use farbus_integration::report::{Failure, TestResult};
 use farbus_integration::scratch::Scratch;
 use farbus_integration::skip;
 use farbus_vfio::Function;
@@ -310,6 +310,43 @@ fn memory_stays_small_at_depth() -> TestResult {
         let anonymous = daemon.proc().anonymous_bytes()?;
         println!("private (anonymous) memory: {} KiB", anonymous >> 10);
         assert!(anonymous < 64 * MIB, "{anonymous} bytes");
+    }
+    drop(driver);
+    attached.end()?;
+    Ok(())
+}
+
+/// Both daemons say something to each other once a second, and the controller is looked at.
+#[test]
+fn idle_daemons_cost_less_than_a_thousandth_of_a_core() -> TestResult {
+    const WHILE: Duration = Duration::from_secs(5);
+    let scratch = Scratch::new("idle")?;
+    let mut attached = AttachedDrive::start(&scratch, "size=1MiB")?;
+    let mut driver = drive(&attached.socket, 2);
+    let mut back = [0; 4096];
+    for _ in 0..100 {
+        driver.read(1, 0, BLOCK, &mut back).unwrap();
+    }
+    let used = |attached: &AttachedDrive| -> Result<[u64; 2], Failure> {
+        Ok([
+            attached.agent.proc().cpu_ns()?,
+            attached.server.proc().cpu_ns()?,
+        ])
+    };
+    // What looking for more has cost after the last command is over by then.
+    attached.agent.wait_end(Deadline::secs(1)).unwrap_err();
+    let before = used(&attached)?;
+    let start = Instant::now();
+    attached.agent.wait_end(Deadline::secs(5)).unwrap_err();
+    let after = used(&attached)?;
+    let elapsed = start.elapsed().max(WHILE).as_nanos() as u64;
+    for (name, before, after) in [
+        ("agent", before[0], after[0]),
+        ("device server", before[1], after[1]),
+    ] {
+        let ppm = (after - before) * 1_000_000 / elapsed;
+        println!("idle {name}: {ppm} millionths of a core");
+        assert!(ppm < 1000, "{name}: {ppm} millionths of a core");
     }
     drop(driver);
     attached.end()?;

@@ -46,6 +46,11 @@ fn drive_passes_the_suite(kernel: Kernel, next: Kernel, options: &str) -> TestRe
     assert!(pci.contains("MSI-X: Enable+"), "{pci}");
     let identity = verify::nvme_cli(&guest, DRIVE)?;
     assert_eq!(identity.size, SIZE);
+    let said = drive.agent.stderr();
+    assert!(
+        said.contains("doorbells in memory"),
+        "Linux uses them: {said}"
+    );
     verify::random_io(&guest, DRIVE)?;
     verify::flush_trim_zeroes(&guest, DRIVE)?;
     let files = verify::filesystem(&guest, DRIVE)?;

@@ -150,7 +150,8 @@ fn chart(
         .flat_map(|band| &band.bars)
         .map(|(_, spread)| spread.max() / plot.unit)
         .fold(0.0, f64::max);
-    let root = SVGBackend::new(path, (WIDTH, MARGINS + BAND * count as u32)).into_drawing_area();
+    let height = MARGINS + BAND * count as u32;
+    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
         .caption(&plot.title, ("sans-serif", 18))
@@ -201,7 +202,8 @@ fn chart(
         }
     }
     for (index, awake) in Awake::BOTH.into_iter().enumerate() {
-        let (x, y) = (WIDTH as i32 - 330 + 165 * index as i32, 40);
+        // Below the names, where no bar can be.
+        let (x, y) = (20, height as i32 - 38 + 16 * index as i32);
         let square = [(x, y), (x + 10, y + 10)];
         root.draw(&Rectangle::new(square, color(awake).filled()))?;
         let text = ("sans-serif", 12).into_font();

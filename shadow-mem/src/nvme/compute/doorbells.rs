@@ -12,6 +12,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use farbus_vfio::Iova;
 use farbus_vfio::nvme::{PAGE_SIZE, Status, SubmissionEntry};
+use log::debug;
 use vm_memory::Bytes;
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -66,6 +67,7 @@ impl ComputeHalf {
             values,
             event_indices,
         });
+        debug!("the guest keeps its doorbells in memory: {values}, {event_indices}");
         // Queues that exist already have been rung by their registers so far.
         if let Some(values) = page(&self.memory, values) {
             for (id, sq) in (0u16..).zip(&self.queues.submission).skip(1) {
