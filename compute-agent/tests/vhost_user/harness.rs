@@ -155,6 +155,11 @@ impl Guest {
         self.set_up();
     }
 
+    /// Another descriptor of the guest's memory.
+    pub(crate) fn file(&self) -> File {
+        self.file.try_clone().unwrap()
+    }
+
     /// The drive's controller loses all that it has, and is brought up again.
     pub(crate) fn fail_drive(&mut self) {
         self.function.reset().unwrap();

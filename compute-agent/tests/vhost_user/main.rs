@@ -10,6 +10,7 @@
 
 mod harness;
 mod hostile;
+mod memory;
 mod messages;
 mod recovery;
 mod requests;
