@@ -4,19 +4,21 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use farbus_fabric::FabricError;
+use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::session::client::claim;
 use farbus_fabric::wire::ExportName;
 use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
-use log::{LevelFilter, error, info};
+use log::{LevelFilter, debug, error, info};
 
-use crate::reconnect::{Source, label};
+use crate::reconnect::{MIN_PAUSE, Source, label};
 use crate::vfio_user::Endpoint;
 use crate::vhost_user;
 use crate::vhost_user::cli::{PRINT_CAPABILITIES, VhostUserArgs};
@@ -30,6 +32,9 @@ Exit codes:
   2  the command line is wrong
   3  the export cannot be claimed
   4  the socket cannot be offered";
+
+/// How long a device server may take to notice that an agent has died, and to reset its drive.
+const PREDECESSOR: Duration = Duration::from_secs(3);
 
 /// Offers PCIe functions of other hosts to the virtual machines of this one.
 #[derive(Parser)]
@@ -132,7 +137,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         export: args.export.clone(),
     };
     let deadline = Duration::from_secs(args.connect_timeout);
-    let remote = claim(&args.from, &args.export, &label(), deadline)
+    let remote = claim_at_start(args, deadline)
         .map_err(anyhow::Error::new)
         .and_then(|claimed| {
             info!("claimed export {name} of {} ({})", args.from, claimed.epoch);
@@ -150,6 +155,26 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         .with_context(|| not_offered(path))
         .map_err(|error| Failure(4, error))?;
     serve(args, endpoint, remote, source).map_err(|error| Failure(1, error))
+}
+
+/// Claims the export. A vhost-user endpoint may be started to go on where one was that has just
+/// died, and whose claim the device server is still ending: its VMM waits, so this does, a little.
+fn claim_at_start(args: &AttachArgs, deadline: Duration) -> Result<ClaimedLink, FabricError> {
+    let begun = Instant::now();
+    loop {
+        let claimed = claim(&args.from, &args.export, &label(), deadline);
+        match claimed {
+            Err(error)
+                if args.vfio_user.is_none()
+                    && error.should_reconnect()
+                    && begun.elapsed() < PREDECESSOR =>
+            {
+                debug!("not claimed yet: {error}");
+                std::thread::sleep(MIN_PAUSE);
+            }
+            done => return done,
+        }
+    }
 }
 
 fn not_offered(path: &Path) -> String {
