@@ -10,15 +10,15 @@ use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use farbus_fabric::FabricError;
+use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::session::ClaimedLink;
-use farbus_fabric::session::client::claim;
 use farbus_fabric::wire::ExportName;
 use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
 use log::{LevelFilter, debug, error, info};
 
-use crate::reconnect::{MIN_PAUSE, Source, label};
+use crate::reconnect::{MIN_PAUSE, Source};
 use crate::vfio_user::Endpoint;
 use crate::vhost_user;
 use crate::vhost_user::cli::{PRINT_CAPABILITIES, VhostUserArgs};
@@ -60,6 +60,17 @@ memory must be shared (memory-backend-memfd with share=on).
 
 {EXIT_CODES}"))]
     Attach(AttachArgs),
+    /// Says whether this host can use RDMA, and what helps where it cannot.
+    #[command(after_help = "\
+Example:
+  farbus-compute-agent doctor
+
+Each line is a finding: ok; note, which takes nothing away; or warning, which costs speed. TCP works
+on any host.
+
+Exit codes:
+  0  looked")]
+    Doctor,
 }
 
 #[derive(Args)]
@@ -76,6 +87,22 @@ struct AttachArgs {
     vfio_user: Option<PathBuf>,
     #[command(flatten)]
     vhost_user: VhostUserArgs,
+    /// What carries the data: auto (RDMA if both sides have a device and a path between them, else
+    /// TCP), verbs (RDMA or nothing), or tcp.
+    #[arg(long, value_name = "PROVIDER", default_value_t)]
+    provider: Wanted,
+    /// With --provider auto: when RDMA was in use and the link was lost, go on over TCP if RDMA cannot
+    /// be had. Without this the guest waits for RDMA.
+    #[arg(long)]
+    allow_tcp_fallback: bool,
+    /// The RDMA device to use, such as mlx5_0. By default the one that has the address from which
+    /// the device server is reached.
+    #[arg(long, value_name = "NAME")]
+    rdma_device: Option<String>,
+    /// The place in the RDMA port's table of addresses. By default that of the address from which the
+    /// device server is reached.
+    #[arg(long, value_name = "INDEX")]
+    gid_index: Option<u8>,
     /// How long the device server may take to answer, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     connect_timeout: u64,
@@ -112,8 +139,11 @@ impl Cli {
 
     /// Runs the command to its end.
     pub fn run(self) -> ExitCode {
-        let Command::Attach(args) = self.command;
-        match attach(&args) {
+        let done = match &self.command {
+            Command::Attach(args) => attach(args),
+            Command::Doctor => doctor().map_err(|error| Failure(1, error.into())),
+        };
+        match done {
             Ok(()) => ExitCode::SUCCESS,
             Err(Failure(code, error)) => {
                 error!("{error:#}");
@@ -121,6 +151,22 @@ impl Cli {
             }
         }
     }
+}
+
+fn doctor() -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for finding in provider::doctor::examine() {
+        let level = match finding.level {
+            provider::doctor::Level::Usable => "ok",
+            provider::doctor::Level::None => "note",
+            provider::doctor::Level::Broken => "warning",
+        };
+        writeln!(out, "{level:<8} rdma: {}", finding.what)?;
+        if let Some(remedy) = finding.remedy {
+            writeln!(out, "         -> {remedy}")?;
+        }
+    }
+    out.flush()
 }
 
 fn attach(args: &AttachArgs) -> Result<(), Failure> {
@@ -132,15 +178,20 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
     });
     let inherited = inherited.transpose()?;
     let name = args.export.as_str();
-    let source = Source {
+    let mut source = Source {
         address: args.from.clone(),
         export: args.export.clone(),
+        providers: provider::Options {
+            wanted: args.provider,
+            device: args.rdma_device.clone(),
+            gid_index: args.gid_index,
+        },
+        allow_tcp_fallback: args.allow_tcp_fallback,
     };
     let deadline = Duration::from_secs(args.connect_timeout);
-    let remote = claim_at_start(args, deadline)
+    let remote = claim_at_start(args, &mut source, deadline)
         .map_err(anyhow::Error::new)
         .and_then(|claimed| {
-            info!("claimed export {name} of {} ({})", args.from, claimed.epoch);
             let function = RemoteFunction::new(format!("{name} of {}", args.from), claimed)?;
             Ok(Arc::new(function))
         })
@@ -159,10 +210,14 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
 
 /// Claims the export. A vhost-user endpoint may be started to go on where one was that has just
 /// died, and whose claim the device server is still ending: its VMM waits, so this does, a little.
-fn claim_at_start(args: &AttachArgs, deadline: Duration) -> Result<ClaimedLink, FabricError> {
+fn claim_at_start(
+    args: &AttachArgs,
+    source: &mut Source,
+    deadline: Duration,
+) -> Result<ClaimedLink, FabricError> {
     let begun = Instant::now();
     loop {
-        let claimed = claim(&args.from, &args.export, &label(), deadline);
+        let claimed = source.claim(deadline);
         match claimed {
             Err(error)
                 if args.vfio_user.is_none()

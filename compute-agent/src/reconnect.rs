@@ -6,6 +6,8 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
+use farbus_fabric::FabricError;
+use farbus_fabric::provider::{self, Provider, Wanted};
 use farbus_fabric::session::{ClaimedLink, client};
 use farbus_fabric::wire::ExportName;
 use log::{info, warn};
@@ -26,6 +28,29 @@ pub struct Source {
     pub address: String,
     /// The export there.
     pub export: ExportName,
+    /// What may carry the claim.
+    pub providers: provider::Options,
+    /// Whether a claim that RDMA carried may be made again over TCP.
+    pub allow_tcp_fallback: bool,
+}
+
+impl Source {
+    /// Claims the export. Once RDMA has carried a claim, later ones ask for it too: a guest
+    /// should not become slow without a word.
+    pub fn claim(&mut self, deadline: Duration) -> Result<ClaimedLink, FabricError> {
+        let (address, export) = (&self.address, &self.export);
+        let claimed = client::claim_by(address, export, &label(), deadline, &self.providers)?;
+        info!(
+            "claimed export {} of {address} ({}) over {}",
+            export.as_str(),
+            claimed.epoch,
+            claimed.provider
+        );
+        if claimed.provider.provider == Provider::Verbs && !self.allow_tcp_fallback {
+            self.providers.wanted = Wanted::Verbs;
+        }
+        Ok(claimed)
+    }
 }
 
 /// How this agent names itself to device servers: program, version, host and process.
@@ -49,14 +74,14 @@ pub struct Reconnect {
 
 impl Reconnect {
     /// Starts trying after `pause`; `done` is signalled when there is a link.
-    pub fn start(source: Source, pause: Duration, done: Arc<EventFd>) -> std::io::Result<Self> {
+    pub fn start(mut source: Source, pause: Duration, done: Arc<EventFd>) -> std::io::Result<Self> {
         let (send, claimed) = mpsc::channel();
         let (stop, stopped) = mpsc::channel();
         thread::Builder::new()
             .name("reconnect".into())
             .spawn(move || {
                 if stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
-                    try_for_ever(&source, &send, &stopped, &done);
+                    try_for_ever(&mut source, &send, &stopped, &done);
                 }
             })?;
         Ok(Self {
@@ -72,7 +97,7 @@ impl Reconnect {
 }
 
 fn try_for_ever(
-    source: &Source,
+    source: &mut Source,
     send: &Sender<ClaimedLink>,
     stopped: &Receiver<()>,
     done: &EventFd,
@@ -80,13 +105,8 @@ fn try_for_ever(
     let mut pause = MIN_PAUSE;
     let mut told = String::new();
     loop {
-        match client::claim(&source.address, &source.export, &label(), ATTEMPT) {
+        match source.claim(ATTEMPT) {
             Ok(claimed) => {
-                info!(
-                    "claimed export {} again ({})",
-                    source.export.as_str(),
-                    claimed.epoch
-                );
                 if send.send(claimed).is_ok() {
                     // A counter that is full has a signal waiting already.
                     let _ = done.write(1);

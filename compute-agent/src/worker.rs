@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -36,20 +37,18 @@ const STABLE: Duration = Duration::from_secs(5);
 enum Subscriber {
     Endpoint(Box<Endpoint>),
     /// What has arrived is received after every round: see [`Worker::run`].
-    Link {
-        ready: bool,
-    },
+    Link(Flag),
     /// Goes off when an interrupt has been held back for long enough.
     Timer(OwnedFd),
     /// Readable at SIGTERM or SIGINT.
     Signals {
         pipe: OwnedFd,
-        raised: bool,
+        raised: Flag,
     },
     /// Signalled when a new link has been claimed.
     Reconnected {
         event: Arc<EventFd>,
-        raised: bool,
+        raised: Flag,
     },
 }
 
@@ -62,7 +61,7 @@ impl MutEventSubscriber for Subscriber {
         let added = match self {
             Self::Endpoint(endpoint) => return endpoint.init(ops),
             // Watched by the worker, once there is a link to watch.
-            Self::Link { .. } => return,
+            Self::Link(_) => return,
             // Each time that it goes off is an event, so that nobody has to read it.
             Self::Timer(timer) => {
                 let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
@@ -79,15 +78,34 @@ impl MutEventSubscriber for Subscriber {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match self {
             Self::Endpoint(endpoint) => endpoint.process(events, ops),
-            Self::Link { ready } => *ready = true,
+            Self::Link(ready) => ready.raise(),
             // Interrupts are seen to after every round.
             Self::Timer(_) => {}
-            Self::Signals { raised, .. } => *raised = true,
+            Self::Signals { raised, .. } => raised.raise(),
             Self::Reconnected { event, raised } => {
                 let _ = event.read();
-                *raised = true;
+                raised.raise();
             }
         }
+    }
+}
+
+/// What an event leaves for the end of its round. The event loop owns its subscribers, and to
+/// look them up after every round would cost more than what most rounds are about.
+#[derive(Clone, Default)]
+struct Flag(Arc<AtomicBool>);
+
+impl Flag {
+    fn raise(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn take(&self) -> bool {
+        self.is_raised() && self.0.swap(false, Ordering::Relaxed)
     }
 }
 
@@ -102,9 +120,6 @@ impl LinkWatch {
             };
             Events::new_raw(interest.descriptor, set)
         };
-        if self.0 == wanted {
-            return;
-        }
         let done = match (&self.0, &wanted) {
             (None, None) => Ok(()),
             (None, Some(new)) => ops.add(events(new)),
@@ -125,8 +140,9 @@ pub struct Worker {
     endpoint: SubscriberId,
     link: SubscriberId,
     timer: SubscriberId,
-    signals: SubscriberId,
-    reconnected: SubscriberId,
+    link_ready: Flag,
+    ended: Flag,
+    reconnected: Flag,
     remote: Arc<RemoteFunction>,
     source: Source,
     done: Arc<EventFd>,
@@ -158,18 +174,22 @@ impl Worker {
         .context("a timer cannot be made")?;
         let mut manager = EventManager::new().context("the event loop cannot be made")?;
         let done = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let [link_ready, ended, reconnected] = <[Flag; 3]>::default();
+        manager.add_subscriber(Subscriber::Signals {
+            pipe: signals()?,
+            raised: ended.clone(),
+        });
+        manager.add_subscriber(Subscriber::Reconnected {
+            event: done.clone(),
+            raised: reconnected.clone(),
+        });
         Ok(Self {
             endpoint: manager.add_subscriber(Subscriber::Endpoint(Box::new(endpoint))),
-            link: manager.add_subscriber(Subscriber::Link { ready: false }),
+            link: manager.add_subscriber(Subscriber::Link(link_ready.clone())),
             timer: manager.add_subscriber(Subscriber::Timer(timer)),
-            signals: manager.add_subscriber(Subscriber::Signals {
-                pipe: signals()?,
-                raised: false,
-            }),
-            reconnected: manager.add_subscriber(Subscriber::Reconnected {
-                event: done.clone(),
-                raised: false,
-            }),
+            link_ready,
+            ended,
+            reconnected,
             manager,
             remote,
             source,
@@ -191,7 +211,7 @@ impl Worker {
         self.update_watch()?;
         loop {
             // Also for the doorbells that the endpoint has taken in the last round.
-            let busy = if self.is_link_ready()? || looking {
+            let busy = if self.link_ready.take() || looking {
                 self.remote.service()
             } else {
                 self.remote.pump()
@@ -212,7 +232,7 @@ impl Worker {
                 self.remote.tick();
             }
             self.look_after_link()?;
-            if self.is_ended()? {
+            if self.ended.is_raised() {
                 return self.end();
             }
         }
@@ -260,19 +280,6 @@ impl Worker {
         Ok(())
     }
 
-    /// Whether the event loop has seen something arrive since this was last asked.
-    fn is_link_ready(&mut self) -> anyhow::Result<bool> {
-        match self.manager.subscriber_mut(self.link)? {
-            Subscriber::Link { ready } => Ok(std::mem::take(ready)),
-            _ => Ok(false),
-        }
-    }
-
-    fn is_ended(&mut self) -> anyhow::Result<bool> {
-        let signals = self.manager.subscriber_mut(self.signals)?;
-        Ok(matches!(signals, Subscriber::Signals { raised: true, .. }))
-    }
-
     /// Replaces a link that was lost, and waits for what the link at hand waits for.
     fn look_after_link(&mut self) -> anyhow::Result<()> {
         let lost = self.remote.take_lost();
@@ -292,12 +299,7 @@ impl Worker {
         self.update_watch()?;
         // Only now, with the event loop past it, may its descriptor be closed.
         drop(lost);
-        let reconnected = self.manager.subscriber_mut(self.reconnected)?;
-        let raised = match reconnected {
-            Subscriber::Reconnected { raised, .. } => std::mem::take(raised),
-            _ => false,
-        };
-        if let (true, Some(reconnect)) = (raised, &self.reconnect) {
+        if let (true, Some(reconnect)) = (self.reconnected.take(), &self.reconnect) {
             if let Some(claimed) = reconnect.take() {
                 self.reconnect = None;
                 self.linked = Instant::now();
@@ -323,12 +325,11 @@ impl Worker {
     }
 
     fn update_watch(&mut self) -> anyhow::Result<()> {
-        let mut watched = self.watched;
-        watched.update(
-            self.remote.link_interest(),
-            &mut self.manager.event_ops(self.link)?,
-        );
-        self.watched = watched;
+        let wanted = self.remote.link_interest();
+        if self.watched.0 != wanted {
+            let mut ops = self.manager.event_ops(self.link)?;
+            self.watched.update(wanted, &mut ops);
+        }
         Ok(())
     }
 

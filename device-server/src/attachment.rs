@@ -249,7 +249,9 @@ impl Attachment {
     /// What to wait for on the link.
     fn interest(&self) -> EventSet {
         let mut wanted = EventSet::empty();
-        if !self.half.is_backlogged() {
+        // A one-sided link hears by its own descriptor that there is room again.
+        let hears_of_room = self.session.is_one_sided() && self.session.is_congested();
+        if !self.half.is_backlogged() || hears_of_room {
             wanted |= EventSet::IN;
         }
         if self.session.is_congested() {

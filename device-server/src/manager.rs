@@ -13,6 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use farbus_fabric::FabricError;
+use farbus_fabric::provider;
 use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
 use farbus_fabric::wire::{Description, EngineKind, InterruptCounts, RefusalCode, Region};
 use farbus_shadow_mem::nvme::device::{DeviceError, DeviceHalf, Limits};
@@ -45,6 +46,7 @@ const NOTICES: u64 = 2;
 pub struct Manager {
     listener: TcpListener,
     exports: Exports,
+    providers: Arc<provider::Options>,
     refusals: Arc<Refusals>,
     polling: Polling,
     stop: Arc<EventFd>,
@@ -72,10 +74,18 @@ impl Manager {
         Ok(Self {
             listener,
             exports,
+            providers: Arc::default(),
             refusals: Arc::default(),
             polling,
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
+    }
+
+    /// Has claims carried by what these options say.
+    #[must_use]
+    pub fn with_providers(mut self, providers: provider::Options) -> Self {
+        self.providers = Arc::new(providers);
+        self
     }
 
     /// Accepts until `signals` is readable; then ends all attachments, waits for them (not for
@@ -140,14 +150,19 @@ impl Manager {
         }
         let served = Served(count.clone());
         let (exports, stop) = (self.exports.clone(), self.stop.clone());
+        let providers = self.providers.clone();
         let refusals = self.refusals.clone();
         let polling = self.polling;
         let claimed = Arc::new(AtomicBool::new(false));
         let claims = claimed.clone();
         let serve = move || {
             let _served = served;
-            if let Err(error) = serve(stream, peer, &exports, &refusals, (polling, &stop), &claims)
-            {
+            let common = Common {
+                providers: &providers,
+                polling,
+                stop: &stop,
+            };
+            if let Err(error) = serve(stream, peer, &exports, &refusals, &common, &claims) {
                 let error = format!("{:#}", anyhow::Error::new(error));
                 if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), None, &error) {
                     warn!("{peer}: {error}{left_out}");
@@ -178,7 +193,7 @@ fn serve(
     peer: SocketAddr,
     exports: &Exports,
     refusals: &Refusals,
-    (polling, stop): (Polling, &EventFd),
+    common: &Common<'_>,
     claimed: &AtomicBool,
 ) -> Result<(), FabricError> {
     let label = concat!("farbus-device-server ", env!("CARGO_PKG_VERSION"));
@@ -217,7 +232,14 @@ fn serve(
         name: &claimant,
         refused: &refused,
     };
-    attach(request, &claim, function, &peer, (polling, stop))
+    attach(request, &claim, function, &peer, common)
+}
+
+/// What all attachments have in common.
+struct Common<'a> {
+    providers: &'a provider::Options,
+    polling: Polling,
+    stop: &'a EventFd,
 }
 
 /// Who claims, and where it is told of that it may not.
@@ -233,7 +255,7 @@ fn attach(
     claim: &Claim,
     function: Arc<dyn Function>,
     claimant: &Claimant<'_>,
-    (polling, stop): (Polling, &EventFd),
+    common: &Common<'_>,
 ) -> Result<(), FabricError> {
     let name = claim.export().name().clone();
     let name = name.as_str();
@@ -261,12 +283,16 @@ fn attach(
         }
     };
     let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
-    let mut session = Session::new(granted.describe(description)?);
+    let (link, provider) = granted.describe_by(description, common.providers)?;
+    let mut session = Session::new(link);
     session.register(half.shadow(), 0)?;
     let claimant = claimant.name;
-    info!("{name}: claimed by {claimant} ({})", claim.epoch());
-    let mut attachment = Attachment::new(half, session, polling);
-    let ended = attachment.run(stop);
+    info!(
+        "{name}: claimed by {claimant} ({}) over {provider}",
+        claim.epoch()
+    );
+    let mut attachment = Attachment::new(half, session, common.polling);
+    let ended = attachment.run(common.stop);
     match ended {
         Ended::Released => info!("{name}: released by {claimant}"),
         Ended::Stopped => info!("{name}: taken from {claimant}: the device server ends"),

@@ -73,6 +73,28 @@ pub enum FabricError {
         /// Payload spans that wait.
         spans: usize,
     },
+    /// RDMA was asked for, and cannot be used.
+    #[error("RDMA cannot be used: {why}")]
+    NoRdma {
+        /// Why not.
+        why: String,
+    },
+    /// The RDMA connection failed.
+    #[error("the RDMA connection failed: {what}")]
+    Rdma {
+        /// What was seen of it.
+        what: String,
+    },
+    /// Memory could not be registered with the RDMA device.
+    #[error("{len} bytes of memory could not be registered with the RDMA device{remedy}")]
+    Register {
+        /// How many bytes.
+        len: usize,
+        /// What to do about it, if it is known.
+        remedy: &'static str,
+        /// What the operating system said.
+        source: io::Error,
+    },
     /// A span reaches beyond its memory; the caller's mistake.
     #[error("a span of {len} bytes at offset {offset} is outside its memory of {size} bytes")]
     SpanOutOfBounds {
@@ -115,9 +137,11 @@ impl FabricError {
     /// repeated, and for mistakes of this side: retrying those would only hide them.
     pub fn should_reconnect(&self) -> bool {
         match self {
-            FabricError::Closed | FabricError::Truncated { .. } | FabricError::Timeout { .. } => {
-                true
-            }
+            FabricError::Closed
+            | FabricError::Truncated { .. }
+            | FabricError::Timeout { .. }
+            | FabricError::NoRdma { .. }
+            | FabricError::Rdma { .. } => true,
             FabricError::Io { source, .. } => is_transient(source),
             // A name that is no name at all stays so; a silent name server may answer later.
             FabricError::Resolve { source, .. } => source.kind() != io::ErrorKind::InvalidInput,
@@ -126,11 +150,13 @@ impl FabricError {
                 RefusalCode::Version
                 | RefusalCode::UnknownExport
                 | RefusalCode::Malformed
+                | RefusalCode::Provider
                 | RefusalCode::Other(_) => false,
             },
             FabricError::Malformed(_)
             | FabricError::Violation { .. }
             | FabricError::Backlog { .. }
+            | FabricError::Register { .. }
             | FabricError::SpanOutOfBounds { .. }
             | FabricError::FrameLengths { .. } => false,
         }

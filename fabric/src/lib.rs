@@ -3,7 +3,8 @@
 //! * [`wire`] is the protocol: frames, messages, versions. Pure functions over bytes.
 //! * [`link`] is the seam between the protocol and a provider: ordered messages, each with a
 //!   small control part and a payload that lands directly in registered memory.
-//! * [`tcp`] is the provider for an ordinary network.
+//! * [`tcp`] is the provider for an ordinary network; `verbs` (a feature) is the one for RDMA.
+//! * [`provider`] is the choice between them.
 //! * [`session`] takes a new connection to the point where it is claimed.
 //!
 //! The crate knows nothing of PCIe functions or device classes: commands, completions and
@@ -13,8 +14,11 @@
 
 pub mod error;
 pub mod link;
+pub mod provider;
 pub mod session;
 pub mod tcp;
+#[cfg(feature = "verbs")]
+pub mod verbs;
 pub mod wire;
 
 pub use error::FabricError;

@@ -98,7 +98,7 @@ pub enum Received {
 /// What a link has carried, for tests, metrics and budgets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Messages sent: the link no longer reads their payload's memory.
+    /// Messages sent: the network has taken them.
     pub messages_sent: u64,
     /// Messages received.
     pub messages_received: u64,
@@ -114,6 +114,8 @@ pub struct Counters {
     pub send_calls: u64,
     /// System calls made (or completions polled) to receive.
     pub receive_calls: u64,
+    /// Times that an RDMA device was told of work requests: once for each chain of them.
+    pub doorbells: u64,
 }
 
 /// Who receives messages from a [`Link`].
@@ -162,16 +164,15 @@ pub trait Link: Send {
     fn revoke(&mut self, memory: &Arc<MmapRegion>, offset: usize, len: usize);
 
     /// Whether a frame that is queued has payload in `memory[offset .. offset + len]`: then it
-    /// will be sent with whatever is there at that time.
+    /// will be sent with whatever is there at that time. May wait for a few milliseconds to be sure.
     fn is_sending(&self, memory: &Arc<MmapRegion>, offset: usize, len: usize) -> bool;
 
     /// Sends a frame, or queues what the network does not take now. Frames are never
     /// dropped and never reordered. The caller heeds [`Self::is_congested`]; a link refuses
     /// frames beyond a fixed backlog, whole, and stays usable.
     ///
-    /// The payload's memory must not be put to another use until the frame has left, which
-    /// is when [`Counters::messages_sent`] has counted it, and at the latest when the link
-    /// is not congested.
+    /// The payload's memory must not be put to another use until the frame has left: until the
+    /// peer has answered it, or [`Self::is_sending`] says so.
     fn send(&mut self, frame: &Frame<'_>) -> Result<(), FabricError>;
 
     /// Whether frames are queued. While they are, the caller sends no new commands, and calls
@@ -186,4 +187,37 @@ pub trait Link: Send {
 
     /// What was carried so far.
     fn counters(&self) -> Counters;
+}
+
+/// Fails unless the span is inside its memory.
+pub(crate) fn check_span(span: &Span) -> Result<(), FabricError> {
+    let Span { offset, len, .. } = *span;
+    let size = span.memory.size();
+    if offset.checked_add(len).is_some_and(|end| end <= size) {
+        return Ok(());
+    }
+    Err(FabricError::SpanOutOfBounds { offset, len, size })
+}
+
+/// Fails unless the frame's parts are what its header says, and its spans exist.
+pub(crate) fn check_frame(frame: &Frame<'_>) -> Result<(), FabricError> {
+    frame.header.check()?;
+    frame.payload.iter().try_for_each(check_span)?;
+    let payload: u64 = frame.payload.iter().map(|span| span.len as u64).sum();
+    let Header {
+        kind,
+        control_len,
+        payload_len,
+        ..
+    } = frame.header;
+    if control_len as usize != frame.control.len() || u64::from(payload_len) != payload {
+        return Err(FabricError::FrameLengths {
+            kind,
+            declared_control: control_len as usize,
+            control: frame.control.len(),
+            declared_payload: payload_len.into(),
+            payload,
+        });
+    }
+    Ok(())
 }

@@ -21,6 +21,7 @@
 //! - [`builder`] and [`machine`] start, watch and end QEMU; [`qmp`] talks to it.
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
 //! - [`vfio`] makes machines that lend their devices, and binds these.
+//! - [`rdma`] makes machines with soft RoCE.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
 //! - [`counting`] tells who allocates.
 //! - [`counts`] counts what programs do: system calls, instructions.
@@ -45,6 +46,7 @@ pub mod measure;
 pub mod process;
 pub mod procfs;
 pub mod qmp;
+pub mod rdma;
 pub mod report;
 pub mod scratch;
 mod terminal;

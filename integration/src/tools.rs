@@ -33,12 +33,13 @@ use crate::cache::Cache;
 use crate::error::Result;
 
 /// Programs of the guests, boot loaders and firmware.
-const PACKAGES: [&str; 12] = [
+const PACKAGES: [&str; 13] = [
     "busybox-static",
     "coreutils",
     "dash",
     "e2fsprogs",
     "fio",
+    "iproute2",
     "mtools",
     "nvme-cli",
     "ovmf",
@@ -140,7 +141,9 @@ impl Tools {
             for userland in userlands {
                 self.initramfs(&files, *userland)?;
             }
-            self.boot_image(*kernel)?;
+            if Kernel::TESTED.contains(kernel) {
+                self.boot_image(*kernel)?;
+            }
         }
         Ok(self.cache.has_built())
     }

@@ -25,6 +25,7 @@ use farbus_compute_agent::worker::Worker;
 use farbus_device_server::exports::{Export, Exports};
 use farbus_device_server::manager::Manager;
 use farbus_fabric::FabricError;
+use farbus_fabric::provider::Options;
 use farbus_fabric::session::{ClaimedLink, client};
 use farbus_fabric::wire::ExportName;
 use farbus_integration::counting::{self, Counting};
@@ -90,6 +91,8 @@ impl Daemons {
         let source = Source {
             address: listener.local_addr().unwrap().to_string(),
             export: ExportName::new("disk0").unwrap(),
+            providers: Options::tcp(),
+            allow_tcp_fallback: false,
         };
         let exports = Exports::new(vec![Export::new(source.export.clone(), Arc::new(drive))]);
         let manager = Manager::new(listener, exports, Polling::Adaptive).unwrap();

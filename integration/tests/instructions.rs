@@ -15,7 +15,6 @@ use std::time::Duration;
 use farbus_integration::attached::{EXPORT, address};
 use farbus_integration::counts::{Instructions, SystemCalls, has_tool, patience};
 use farbus_integration::daemon::Daemon;
-use farbus_integration::deadline::Deadline;
 use farbus_integration::process::Kill;
 use farbus_integration::report::TestResult;
 use farbus_integration::scratch::Scratch;
@@ -45,26 +44,26 @@ const THRESHOLDS: [Threshold; 4] = [
     Threshold {
         opcode: nvm::READ,
         depth: 1,
-        instructions: (50_300.0, 23_300.0),
-        calls: (8.0, 8.0),
+        instructions: (13_500.0, 7_800.0),
+        calls: (9.2, 5.8),
     },
     Threshold {
         opcode: nvm::WRITE,
         depth: 1,
-        instructions: (49_800.0, 24_100.0),
-        calls: (8.0, 9.2),
+        instructions: (12_000.0, 8_900.0),
+        calls: (9.2, 5.8),
     },
     Threshold {
         opcode: nvm::READ,
         depth: 32,
-        instructions: (3_600.0, 2_640.0),
-        calls: (0.29, 0.26),
+        instructions: (2_740.0, 2_400.0),
+        calls: (0.51, 0.29),
     },
     Threshold {
         opcode: nvm::WRITE,
         depth: 32,
-        instructions: (3_450.0, 2_920.0),
-        calls: (0.26, 0.29),
+        instructions: (2_400.0, 2_730.0),
+        calls: (0.53, 0.34),
     },
 ];
 
@@ -88,12 +87,12 @@ impl Bed {
         let socket = scratch.join("disk0.sock").display().to_string();
         let mut arguments = vec!["export", "--soft-nvme", DRIVE, "--name", EXPORT];
         arguments.extend(["--listen", "127.0.0.1:0"]);
-        arguments.extend(never_polls(SERVER, "export"));
+        arguments.extend(NEVER);
         let server = Daemon::start_under(server, SERVER, &arguments).unwrap();
         let from = address(&server);
         let mut arguments = vec!["attach", "--from", &from, "--export", EXPORT];
         arguments.extend(["--vfio-user", &socket]);
-        arguments.extend(never_polls(AGENT, "attach"));
+        arguments.extend(NEVER);
         let agent = Daemon::start_under(agent, AGENT, &arguments).unwrap();
         Self {
             server,
@@ -116,14 +115,7 @@ impl Bed {
 }
 
 /// Without waiting actively, which would count what the machine's speed makes of it.
-fn never_polls(name: &str, command: &str) -> Vec<&'static str> {
-    let help = Daemon::run(name, &[command, "--help"], Deadline::secs(20)).unwrap();
-    if help.stdout.contains("--poll") {
-        vec!["--poll", "never"]
-    } else {
-        Vec::new()
-    }
-}
+const NEVER: [&str; 2] = ["--poll", "never"];
 
 /// A driver with one queue, and buffers for the deepest batch.
 struct Load {

@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 use farbus_fabric::wire::{self, CompleteBatch, Message};
-use farbus_fabric::{Counters, FabricError, Frame, Link, Received, Sink, Span};
+use farbus_fabric::{Counters, FabricError, Frame, Link, Received, RemoteSpan, Sink, Span};
 use farbus_vfio::DmaWindow;
 use farbus_vfio::nvme::PAGE_SIZE;
 
@@ -19,6 +19,12 @@ pub struct SubmitBatch {
     entries: wire::SubmitBatch,
     pub(crate) payload: Vec<Span>,
     bytes: u64,
+    /// Where in the buffer shadow the payload goes, on a one-sided link.
+    remote: Vec<RemoteSpan>,
+    /// Where in guest memory the data of the command at hand is to go, on a one-sided link.
+    segments: Vec<RemoteSpan>,
+    /// Whether the link at hand is one-sided.
+    pub(crate) one_sided: bool,
 }
 
 impl SubmitBatch {
@@ -27,6 +33,9 @@ impl SubmitBatch {
             entries: wire::SubmitBatch::new(),
             payload: Vec::with_capacity(MAX_SPANS),
             bytes: 0,
+            remote: Vec::with_capacity(wire::MAX_ENTRIES.into()),
+            segments: Vec::with_capacity(MAX_SPANS),
+            one_sided: false,
         }
     }
 
@@ -38,9 +47,26 @@ impl SubmitBatch {
     /// not fit any more.
     pub(crate) fn is_full(&self, max_transfer: u32) -> bool {
         let segments = max_transfer as usize / PAGE_SIZE + 1;
-        !self.entries.has_room(max_transfer, 0)
+        let named = if self.one_sided { segments } else { 0 };
+        !self.entries.has_room(max_transfer, named)
             || self.bytes >= MAX_BATCH
             || self.payload.len() + segments > MAX_SPANS
+    }
+
+    /// Says where in guest memory a part of the data of the next command goes. Only a one-sided
+    /// link wants to know.
+    pub(crate) fn push_segment(&mut self, address: u64, len: u32) {
+        if !self.one_sided {
+            return;
+        }
+        if let Some(last) = self.segments.last_mut() {
+            let behind = last.address + u64::from(last.len) == address;
+            if let (true, Some(len)) = (behind, last.len.checked_add(len)) {
+                last.len = len;
+                return;
+            }
+        }
+        self.segments.push(RemoteSpan { address, len });
     }
 
     pub(crate) fn push(
@@ -48,14 +74,30 @@ impl SubmitBatch {
         placement: &wire::Placement,
         command: &[u8; 64],
     ) -> Result<(), wire::WireError> {
-        self.entries.push(placement, command, &[])?;
+        let pushed = self.entries.push(placement, command, &self.segments);
+        self.segments.clear();
+        pushed?;
+        if self.one_sided && placement.direction == wire::Direction::ToDevice {
+            self.remote.push(RemoteSpan {
+                address: placement.shadow_offset.into(),
+                len: placement.data_len,
+            });
+        }
         self.bytes += u64::from(placement.data_len);
         Ok(())
+    }
+
+    /// Forgets what was said of a command that is not pushed after all.
+    pub(crate) fn truncate(&mut self, payload: usize) {
+        self.payload.truncate(payload);
+        self.segments.clear();
     }
 
     pub(crate) fn clear(&mut self) {
         self.entries.clear();
         self.payload.clear();
+        self.remote.clear();
+        self.segments.clear();
         self.bytes = 0;
     }
 }
@@ -78,6 +120,11 @@ impl Session {
     /// See [`Link::descriptor`].
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.link.descriptor()
+    }
+
+    /// See [`Link::is_one_sided`].
+    pub fn is_one_sided(&self) -> bool {
+        self.link.is_one_sided()
     }
 
     /// Whether the network takes no more now.
@@ -116,17 +163,19 @@ impl Session {
             header: batch.entries.header(),
             control: batch.entries.control(),
             payload: &batch.payload,
-            remote: &[],
+            remote: &batch.remote,
         });
         batch.clear();
         sent
     }
 
-    /// Sends a batch of completions with their data, if it has any, and empties it.
+    /// Sends a batch of completions with their data, if it has any, and empties it. `remote` is
+    /// where the data goes, on a one-sided link.
     pub(crate) fn complete(
         &mut self,
         batch: &mut CompleteBatch,
         payload: &mut Vec<Span>,
+        remote: &mut Vec<RemoteSpan>,
     ) -> Result<(), FabricError> {
         if batch.is_empty() {
             return Ok(());
@@ -135,10 +184,11 @@ impl Session {
             header: batch.header(),
             control: batch.control(),
             payload,
-            remote: &[],
+            remote,
         });
         batch.clear();
         payload.clear();
+        remote.clear();
         sent
     }
 

@@ -1,13 +1,14 @@
 //! `doctor`: whether this host can export PCI functions.
 
 use std::io::Write;
+use std::path::Path;
 
 use clap::Args;
 use farbus_vfio::PciAddress;
 use farbus_vfio::sysfs::Host;
 
 use super::{Failure, failure};
-use crate::doctor::{Report, examine};
+use crate::doctor::{Report, examine, rdma};
 
 /// Exit code for a host, or functions, that cannot be exported.
 const CANNOT_EXPORT: u8 = 5;
@@ -28,7 +29,11 @@ pub(super) struct DoctorArgs {
 }
 
 pub(super) fn run(args: &DoctorArgs, host: &Host, out: &mut dyn Write) -> Result<u8, Failure> {
-    let report = examine(host, &args.pci);
+    let mut report = examine(host, &args.pci);
+    // What libibverbs sees is of the real host only.
+    if host.path("") == Path::new("/") {
+        report.findings.extend(rdma::as_seen_by_verbs());
+    }
     let text = if args.json {
         serde_json::to_string_pretty(&report).map_err(failure(1))? + "\n"
     } else {

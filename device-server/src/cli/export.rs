@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::wire::ExportName;
 use farbus_shadow_mem::polling::Polling;
 use farbus_vfio::PciAddress;
@@ -27,6 +28,7 @@ Examples:
   farbus-device-server export --soft-nvme path=disk.img,size=1GiB --name disk0 --listen 127.0.0.1:7420
   farbus-device-server export --bind --pci 0000:01:00.0,name=disk0 --pci 0000:02:00.0,name=disk1
   farbus-device-server export --sriov 0000:01:00.0,vfs=4,name=disk
+  farbus-device-server export --provider verbs --rdma-device mlx5_0 --pci 0000:01:00.0 --listen 10.0.0.1:7420 --insecure
 
 Prints one line that begins with \"ready\" when the exports can be claimed; it has export=NAME for
 each of them. What --bind and --sriov changed is undone at the end, and after a crash at the next start.";
@@ -68,6 +70,18 @@ pub(super) struct ExportArgs {
     /// Allow an address that other hosts can reach, although nobody is authenticated yet.
     #[arg(long)]
     insecure: bool,
+    /// What carries the data: auto (RDMA if both sides have a device and a path between them, else
+    /// TCP), verbs (RDMA or nothing), or tcp.
+    #[arg(long, value_name = "PROVIDER", default_value_t)]
+    provider: Wanted,
+    /// The RDMA device to use, such as mlx5_0. By default the one that has the address by which the
+    /// compute agent has connected.
+    #[arg(long, value_name = "NAME")]
+    rdma_device: Option<String>,
+    /// The place in the RDMA port's table of addresses. By default that of the address by which the
+    /// compute agent has connected.
+    #[arg(long, value_name = "INDEX")]
+    gid_index: Option<u8>,
     /// How an attachment's thread waits: adaptive looks for work for a moment before it sleeps,
     /// while that pays; always never sleeps; never sleeps at once.
     #[arg(long, value_name = "POLICY", default_value_t, value_parser = poll_parser())]
@@ -78,6 +92,14 @@ pub(super) struct ExportArgs {
 }
 
 impl ExportArgs {
+    fn providers(&self) -> provider::Options {
+        provider::Options {
+            wanted: self.provider,
+            device: self.rdma_device.clone(),
+            gid_index: self.gid_index,
+        }
+    }
+
     /// What is to be exported, in the order of the options' description.
     fn order(&self) -> anyhow::Result<Vec<Order>> {
         let mut orders = Vec::new();
@@ -149,7 +171,7 @@ fn serve(
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let names = exports.names();
-    let manager = Manager::new(listener, exports, args.poll)?;
+    let manager = Manager::new(listener, exports, args.poll)?.with_providers(args.providers());
     announce(args.json, &names, address, out)?;
     manager.run(signals)?;
     Ok(())

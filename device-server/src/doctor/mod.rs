@@ -5,7 +5,7 @@
 
 mod functions;
 mod host;
-mod rdma;
+pub(crate) mod rdma;
 #[cfg(test)]
 mod tests;
 

@@ -1,5 +1,6 @@
 //! The RDMA devices of a host.
 
+use farbus_fabric::provider::doctor::{self, Level as Found};
 use farbus_vfio::sysfs::Host;
 
 use super::{Finding, Level};
@@ -45,4 +46,24 @@ fn ports(host: &Host, device: &str) -> Vec<Finding> {
         }
     };
     ports.iter().map(port).collect()
+}
+
+/// What a claim would find: a device that the kernel knows may be closed to this user, or strange to
+/// libibverbs, or without an address.
+pub(crate) fn as_seen_by_verbs() -> Vec<Finding> {
+    let findings = doctor::examine().into_iter();
+    findings
+        // That there is none, the kernel has said.
+        .filter(|finding| finding.level != Found::None)
+        .map(|finding| Finding {
+            check: "rdma-verbs",
+            level: match finding.level {
+                Found::Usable => Level::Ok,
+                Found::None => Level::Note,
+                Found::Broken => Level::Warning,
+            },
+            what: finding.what,
+            remedy: finding.remedy.map(str::to_owned),
+        })
+        .collect()
 }

@@ -27,6 +27,11 @@ impl Channel {
         &mut *self.link
     }
 
+    /// The time that is left for waiting.
+    pub(super) fn left(&self) -> std::time::Duration {
+        self.budget.left()
+    }
+
     pub(super) fn into_link(self) -> Box<dyn Link> {
         self.link
     }

@@ -1,14 +1,16 @@
 //! Set-up as the compute side does it: connect, agree on a version, claim, ask what was got.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 use super::budget::Budget;
 use super::channel::Channel;
+use super::rdma::Prepared;
+use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Message, NEWEST, OLDEST, ProtocolVersion, Side,
+    Description, Epoch, ExportName, Label, Message, NEWEST, OLDEST, ProtocolVersion, Side, Text,
 };
 use crate::{FabricError, Link, TcpLink};
 
@@ -28,9 +30,11 @@ pub struct ClaimedLink {
     pub version: ProtocolVersion,
     /// How the device side names itself.
     pub peer: Label,
+    /// What carries the claim.
+    pub provider: Choice,
 }
 
-/// Connects to a device server at `address` (`host:port`) and claims an export.
+/// Connects to a device server at `address` (`host:port`) and claims an export, over TCP.
 ///
 /// `deadline` bounds everything together: resolving, connecting (each address that the name
 /// resolves to gets its share) and the exchange.
@@ -40,12 +44,25 @@ pub fn claim(
     label: &str,
     deadline: Duration,
 ) -> Result<ClaimedLink, FabricError> {
+    claim_by(address, export, label, deadline, &Options::tcp())
+}
+
+/// As [`claim`], over the provider that both sides agree on.
+pub fn claim_by(
+    address: &str,
+    export: &ExportName,
+    label: &str,
+    deadline: Duration,
+    options: &Options,
+) -> Result<ClaimedLink, FabricError> {
     let label = Label::new(label)?;
     let mut budget = Budget::new(deadline);
     let addresses = resolve(address, &mut budget)?;
     let stream = connect(&addresses, &mut budget)?;
+    let local = stream.local_addr().ok().map(|address| address.ip());
     let link = TcpLink::new(stream, Side::Compute)?;
-    exchange(Channel::new(Box::new(link), budget), export, label)
+    let channel = Channel::new(Box::new(link), budget);
+    exchange(channel, export, label, local, options)
 }
 
 /// Claims an export over a link that is connected already.
@@ -56,13 +73,16 @@ pub fn claim_over(
     deadline: Duration,
 ) -> Result<ClaimedLink, FabricError> {
     let label = Label::new(label)?;
-    exchange(Channel::new(link, Budget::new(deadline)), export, label)
+    let channel = Channel::new(link, Budget::new(deadline));
+    exchange(channel, export, label, None, &Options::tcp())
 }
 
 fn exchange(
     mut channel: Channel,
     export: &ExportName,
     label: Label,
+    local: Option<IpAddr>,
+    options: &Options,
 ) -> Result<ClaimedLink, FabricError> {
     channel.send(&Message::Hello {
         oldest: OLDEST.number(),
@@ -85,20 +105,84 @@ fn exchange(
         other => return Err(unexpected(other, "Claimed")),
     };
     channel.link().set_epoch(epoch);
+    let (prepared, provider) = choose(&mut channel, version, local, options)?;
     channel.send(&Message::Describe)?;
     let description = match channel.receive("the description of the function")? {
         Message::Description(description) => *description,
         other => return Err(unexpected(other, "Description")),
     };
+    let left = channel.left();
+    let link = match prepared {
+        Some(prepared) => {
+            prepared.into_link(channel.into_link(), Side::Compute, epoch, Some(left))?
+        }
+        None => channel.into_link(),
+    };
     Ok(ClaimedLink {
-        link: channel.into_link(),
+        link,
         epoch,
         shadow_len,
         tags,
         description,
         version,
         peer,
+        provider,
     })
+}
+
+/// Agrees with the device side on what carries the claim.
+fn choose(
+    channel: &mut Channel,
+    version: ProtocolVersion,
+    local: Option<IpAddr>,
+    options: &Options,
+) -> Result<(Option<Box<Prepared>>, Choice), FabricError> {
+    if options.wanted == Wanted::Tcp {
+        return Ok((None, Choice::tcp("as asked for")));
+    }
+    let tried = match local {
+        _ if version < ProtocolVersion::V2 => {
+            Err("the device server is too old for RDMA".to_owned())
+        }
+        None => Err("the connection has no local address".to_owned()),
+        Some(local) => offer(channel, local, options)?,
+    };
+    match tried {
+        Ok(prepared) => {
+            let choice = Choice {
+                provider: Provider::Verbs,
+                why: prepared.describe(),
+            };
+            Ok((Some(prepared), choice))
+        }
+        Err(why) if options.wanted == Wanted::Verbs => Err(FabricError::NoRdma { why }),
+        Err(why) => Ok((None, Choice::tcp(why))),
+    }
+}
+
+/// Offers RDMA, if there is a device. The inner error says why it is not to be.
+fn offer(
+    channel: &mut Channel,
+    local: IpAddr,
+    options: &Options,
+) -> Result<Result<Box<Prepared>, String>, FabricError> {
+    let mut prepared = match Prepared::new(local, options) {
+        Ok(prepared) => Box::new(prepared),
+        Err(why) => return Ok(Err(why)),
+    };
+    channel.send(&Message::RdmaOffer(prepared.endpoint()))?;
+    let peer = match channel.receive("the device server's answer about RDMA")? {
+        Message::RdmaAnswer(Ok(peer)) => peer,
+        Message::RdmaAnswer(Err(why)) => return Ok(Err(format!("the device server: {why}"))),
+        other => return Err(unexpected(other, "RdmaAnswer")),
+    };
+    let works = prepared.connect(peer).and_then(|()| prepared.prove());
+    let outcome = match &works {
+        Ok(()) => Ok(()),
+        Err(why) => Err(Text::truncated(why)),
+    };
+    channel.send(&Message::RdmaChoice(outcome))?;
+    Ok(works.map(|()| prepared))
 }
 
 fn unexpected(message: Message, expected: &str) -> FabricError {

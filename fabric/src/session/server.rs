@@ -5,14 +5,16 @@
 //! reason, after which the connection closes.
 
 use std::error::Error;
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpStream};
 use std::time::Duration;
 
 use super::budget::Budget;
 use super::channel::Channel;
+use super::rdma::Prepared;
+use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Message, NEWEST, OLDEST, ProtocolVersion, RefusalCode,
-    Side, Text, negotiate,
+    Description, Epoch, ExportName, Label, Message, NEWEST, OLDEST, ProtocolVersion, RdmaEndpoint,
+    RefusalCode, Side, Text, negotiate,
 };
 use crate::{FabricError, Link, TcpLink};
 
@@ -36,6 +38,7 @@ pub struct ClaimRequest {
 /// A peer that has its claim.
 pub struct Granted {
     session: Session,
+    epoch: Epoch,
 }
 
 /// What all states have.
@@ -43,6 +46,8 @@ struct Session {
     channel: Channel,
     peer: Label,
     version: ProtocolVersion,
+    /// This side's address, as far as the connection has one.
+    local: Option<IpAddr>,
 }
 
 impl Incoming {
@@ -53,8 +58,11 @@ impl Incoming {
         label: &str,
         deadline: Duration,
     ) -> Result<Self, FabricError> {
+        let local = stream.local_addr().ok().map(|address| address.ip());
         let link = TcpLink::new(stream, Side::Device)?;
-        Self::handshake_over(Box::new(link), label, deadline)
+        let mut incoming = Self::handshake_over(Box::new(link), label, deadline)?;
+        incoming.session.local = local;
+        Ok(incoming)
     }
 
     /// As [`Self::handshake`], over any link.
@@ -88,6 +96,7 @@ impl Incoming {
                 channel,
                 peer,
                 version,
+                local: None,
             },
         })
     }
@@ -153,21 +162,87 @@ impl ClaimRequest {
         channel.link().set_epoch(epoch);
         Ok(Granted {
             session: self.session,
+            epoch,
         })
     }
 }
 
 impl Granted {
     /// Answers the peer's question what the function is, and ends set-up. The link admits
-    /// frames of the claim's epoch only.
-    pub fn describe(mut self, description: Description) -> Result<Box<dyn Link>, FabricError> {
+    /// frames of the claim's epoch only. It is the TCP connection.
+    pub fn describe(self, description: Description) -> Result<Box<dyn Link>, FabricError> {
+        let (link, _) = self.describe_by(description, &Options::tcp())?;
+        Ok(link)
+    }
+
+    /// As [`Self::describe`], over the provider that both sides agree on.
+    pub fn describe_by(
+        mut self,
+        description: Description,
+        options: &Options,
+    ) -> Result<(Box<dyn Link>, Choice), FabricError> {
+        let (mut prepared, mut why) = (None, "as the compute agent asked".to_owned());
+        let mut asked = receive(&mut self.session.channel, "the peer's next request")?;
+        if let (Message::RdmaOffer(peer), ProtocolVersion::V2) = (&asked, self.session.version) {
+            match self.answer(*peer, options)? {
+                Ok(joined) => prepared = Some(joined),
+                Err(obstacle) => why = obstacle,
+            }
+            asked = receive(
+                &mut self.session.channel,
+                "the peer's request for a description",
+            )?;
+        }
         let channel = &mut self.session.channel;
-        match receive(channel, "the peer's request for a description")? {
+        match asked {
             Message::Describe => {}
             other => return Err(unexpected(channel, &other, "Describe")),
         }
+        if prepared.is_none() && options.wanted == Wanted::Verbs {
+            let what =
+                format!("this device server is told to use RDMA only, and there is none: {why}");
+            refuse(channel, RefusalCode::Provider, &what)?;
+            return Err(FabricError::NoRdma { why });
+        }
         channel.send(&Message::Description(Box::new(description)))?;
-        Ok(self.session.channel.into_link())
+        let control = self.session.channel.into_link();
+        let Some(prepared) = prepared else {
+            return Ok((control, Choice::tcp(why)));
+        };
+        let choice = Choice {
+            provider: Provider::Verbs,
+            why: prepared.describe(),
+        };
+        let link = prepared.into_link(control, Side::Device, self.epoch, None)?;
+        Ok((link, choice))
+    }
+
+    /// Answers an offer of RDMA. The inner error says why it is not to be.
+    fn answer(
+        &mut self,
+        peer: RdmaEndpoint,
+        options: &Options,
+    ) -> Result<Result<Box<Prepared>, String>, FabricError> {
+        let prepared = match (options.wanted, self.session.local) {
+            (Wanted::Tcp, _) => Err("it is told to use TCP".to_owned()),
+            (_, None) => Err("its connection has no local address".to_owned()),
+            (_, Some(local)) => Prepared::new(local, options).and_then(|mut prepared| {
+                prepared.connect(peer)?;
+                Ok(Box::new(prepared))
+            }),
+        };
+        let channel = &mut self.session.channel;
+        let answer = prepared.as_ref().map(|prepared| prepared.endpoint());
+        let answer = answer.map_err(|why| Text::truncated(why));
+        channel.send(&Message::RdmaAnswer(answer))?;
+        let Ok(prepared) = prepared else {
+            return Ok(prepared);
+        };
+        match receive(channel, "the peer's choice about RDMA")? {
+            Message::RdmaChoice(Ok(())) => Ok(Ok(prepared)),
+            Message::RdmaChoice(Err(why)) => Ok(Err(format!("the compute agent: {why}"))),
+            other => Err(unexpected(channel, &other, "RdmaChoice")),
+        }
     }
 
     /// Sends the peer away after all.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use vm_memory::{MmapRegion, VolatileMemory};
 
-use super::raw::{Scatter, check_span};
+use super::raw::Scatter;
+use crate::link::check_span;
 use crate::wire::Header;
 use crate::{FabricError, Sink, Span};
 

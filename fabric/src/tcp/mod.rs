@@ -23,8 +23,9 @@ use rustix::net::sockopt;
 use vm_memory::MmapRegion;
 
 use self::backlog::{Backlog, Parts};
-use self::raw::{Gather, check_span};
+use self::raw::Gather;
 use self::receiver::Receiver;
+use crate::link::check_frame;
 use crate::wire::{Admission, Epoch, Header, Side};
 use crate::{Counters, FabricError, Frame, Link, Received, Sink, Span};
 
@@ -133,29 +134,6 @@ fn configure(stream: &TcpStream) -> io::Result<()> {
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, PROBE_AFTER)?;
     sockopt::set_tcp_keepintvl(stream, PROBE_EVERY)?;
-    Ok(())
-}
-
-/// Fails unless the frame's parts are what its header says, and its spans exist.
-fn check_frame(frame: &Frame<'_>) -> Result<(), FabricError> {
-    frame.header.check()?;
-    frame.payload.iter().try_for_each(check_span)?;
-    let payload: u64 = frame.payload.iter().map(|span| span.len as u64).sum();
-    let Header {
-        kind,
-        control_len,
-        payload_len,
-        ..
-    } = frame.header;
-    if control_len as usize != frame.control.len() || u64::from(payload_len) != payload {
-        return Err(FabricError::FrameLengths {
-            kind,
-            declared_control: control_len as usize,
-            control: frame.control.len(),
-            declared_payload: payload_len.into(),
-            payload,
-        });
-    }
     Ok(())
 }
 

@@ -20,6 +20,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::link::check_span;
 use crate::{FabricError, Span};
 
 /// The most pieces of memory that Linux takes in one call (`UIO_MAXIOV`).
@@ -76,16 +77,6 @@ impl List {
         message.msg_iovlen = self.len as _;
         message
     }
-}
-
-/// Fails unless the span is inside its memory.
-pub(super) fn check_span(span: &Span) -> Result<(), FabricError> {
-    let Span { offset, len, .. } = *span;
-    let size = span.memory.size();
-    if offset.checked_add(len).is_some_and(|end| end <= size) {
-        return Ok(());
-    }
-    Err(FabricError::SpanOutOfBounds { offset, len, size })
 }
 
 /// Memory that one call sends from.

@@ -48,7 +48,9 @@ impl Kind {
             | Kind::RegisterWrite
             | Kind::Submit
             | Kind::Reset
-            | Kind::Release => side == Side::Compute,
+            | Kind::Release
+            | Kind::RdmaOffer
+            | Kind::RdmaChoice => side == Side::Compute,
             Kind::Welcome
             | Kind::Refused
             | Kind::Claimed
@@ -60,8 +62,9 @@ impl Kind {
             | Kind::Interrupt
             | Kind::ResetDone
             | Kind::Released
-            | Kind::Fault => side == Side::Device,
-            Kind::Ping | Kind::Pong => true,
+            | Kind::Fault
+            | Kind::RdmaAnswer => side == Side::Device,
+            Kind::Ping | Kind::Pong | Kind::RdmaKeys => true,
         }
     }
 

@@ -19,6 +19,8 @@ pub enum RefusalCode {
     Malformed,
     /// The device side failed.
     Internal,
+    /// The two sides have no provider in common that both may use.
+    Provider,
     /// A reason that a newer device side knows. Refusals come before a version is agreed,
     /// so an unknown one has to be readable.
     Other(u16),
@@ -33,6 +35,7 @@ impl RefusalCode {
             4 => RefusalCode::NotReady,
             5 => RefusalCode::Malformed,
             6 => RefusalCode::Internal,
+            7 => RefusalCode::Provider,
             other => RefusalCode::Other(other),
         }
     }
@@ -45,6 +48,7 @@ impl RefusalCode {
             RefusalCode::NotReady => 4,
             RefusalCode::Malformed => 5,
             RefusalCode::Internal => 6,
+            RefusalCode::Provider => 7,
             RefusalCode::Other(number) => number,
         }
     }
@@ -59,6 +63,7 @@ impl fmt::Display for RefusalCode {
             RefusalCode::NotReady => f.write_str("not ready"),
             RefusalCode::Malformed => f.write_str("malformed"),
             RefusalCode::Internal => f.write_str("internal"),
+            RefusalCode::Provider => f.write_str("no common provider"),
             RefusalCode::Other(number) => write!(f, "code {number}"),
         }
     }

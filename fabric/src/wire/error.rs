@@ -62,6 +62,14 @@ pub enum WireError {
         /// Greatest value allowed.
         max: u64,
     },
+    /// A value that must be a power of two is not.
+    #[error("{what} is {value}, which is no power of two")]
+    NoPowerOfTwo {
+        /// What was being read.
+        what: &'static str,
+        /// Its value.
+        value: u32,
+    },
     /// A length or count in a header that the kind of message does not allow.
     #[error("the {field} of a {kind} message is {value}, outside {min}..={max}")]
     HeaderField {

@@ -98,6 +98,14 @@ kinds! {
     Released = 0x51, 0, 0;
     /// The function failed.
     Fault = 0x52, 4, 4 + 512;
+    /// The compute side has an RDMA device, and a queue pair that waits.
+    RdmaOffer = 0x60, 48, 48;
+    /// The device side joins its own, or says why not.
+    RdmaAnswer = 0x61, 4, 4 + 512;
+    /// Whether RDMA works, and carries everything after set-up.
+    RdmaChoice = 0x62, 4, 4 + 512;
+    /// Memory of the sender may be written to, or may no longer.
+    RdmaKeys = 0x63, 24, 24 * 1024;
 }
 
 impl Kind {

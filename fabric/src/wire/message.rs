@@ -8,7 +8,7 @@ use super::codec::{in_range, within};
 use super::description::check_blob;
 use super::{
     Data, Description, Epoch, ExportName, FaultCode, InterruptKind, Kind, Label, ProtocolVersion,
-    RefusalCode, Region, RequestId, Text, WireError,
+    RdmaEndpoint, RdmaKey, RefusalCode, Region, RequestId, Text, WireError,
 };
 
 /// A message without entries. Each variant is the [`Kind`] of the same name.
@@ -97,6 +97,10 @@ pub enum Message {
         code: FaultCode,
         text: Text,
     },
+    RdmaOffer(RdmaEndpoint),
+    RdmaAnswer(Result<RdmaEndpoint, Text>),
+    RdmaChoice(Result<(), Text>),
+    RdmaKeys(Vec<RdmaKey>),
 }
 
 impl Message {
@@ -125,6 +129,10 @@ impl Message {
             Message::Release => Kind::Release,
             Message::Released => Kind::Released,
             Message::Fault { .. } => Kind::Fault,
+            Message::RdmaOffer(_) => Kind::RdmaOffer,
+            Message::RdmaAnswer(_) => Kind::RdmaAnswer,
+            Message::RdmaChoice(_) => Kind::RdmaChoice,
+            Message::RdmaKeys(_) => Kind::RdmaKeys,
         }
     }
 
@@ -181,6 +189,11 @@ impl Message {
                     Data::MAX as u64,
                 )?;
                 within_region(*region, *offset, data.len() as u64)
+            }
+            Message::RdmaOffer(endpoint) | Message::RdmaAnswer(Ok(endpoint)) => endpoint.check(),
+            Message::RdmaKeys(keys) => {
+                in_range("the number of keys", keys.len(), 1, RdmaKey::MAX as u64)?;
+                keys.iter().try_for_each(RdmaKey::check)
             }
             _ => Ok(()),
         }

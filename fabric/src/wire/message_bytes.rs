@@ -4,7 +4,7 @@ use super::bounded::utf8;
 use super::codec::{Put, Reader, in_range};
 use super::{
     Data, Description, Epoch, ExportName, FaultCode, Header, InterruptKind, Kind, Label, MAGIC,
-    Message, ProtocolVersion, RefusalCode, RequestId, Text, WireError,
+    Message, ProtocolVersion, RdmaEndpoint, RdmaKey, RefusalCode, RequestId, Text, WireError,
 };
 
 impl Message {
@@ -108,14 +108,21 @@ impl Message {
             Message::Reset { request } => out.put_u32(request.0),
             Message::ResetDone { request, outcome } => {
                 out.put_u32(request.0);
-                out.put_u16(outcome.is_err().into());
-                put_text(out, outcome.as_ref().err().map_or("", Text::as_str));
+                put_outcome(out, outcome.as_ref().err());
             }
             Message::Ping { nonce } | Message::Pong { nonce } => out.put_u64(*nonce),
             Message::Fault { code, text } => {
                 out.put_u16(*code as u16);
                 put_text(out, text.as_str());
             }
+            Message::RdmaOffer(endpoint) => endpoint.encode(out),
+            Message::RdmaAnswer(Ok(endpoint)) => {
+                put_outcome(out, None);
+                endpoint.encode(out);
+            }
+            Message::RdmaAnswer(Err(text)) => put_outcome(out, Some(text)),
+            Message::RdmaChoice(outcome) => put_outcome(out, outcome.as_ref().err()),
+            Message::RdmaKeys(keys) => keys.iter().for_each(|key| key.encode(out)),
             Message::Describe | Message::Release | Message::Released => {}
         }
         Ok(Header::plain(self.kind(), out.len() - start))
@@ -237,19 +244,7 @@ impl Message {
             },
             Kind::ResetDone => {
                 let request = RequestId(reader.u32()?);
-                let failed = reader.u16()?;
-                let text = Text::from_wire(take_counted(reader)?)?;
-                in_range("the outcome of a reset", failed, 0, 1)?;
-                // A text on success would be lost here, and so not survive a round trip.
-                if failed == 0 {
-                    in_range(
-                        "the length of a successful reset's text",
-                        text.as_str().len(),
-                        0,
-                        0,
-                    )?;
-                }
-                let outcome = if failed == 0 { Ok(()) } else { Err(text) };
+                let outcome = take_outcome(reader)?;
                 Message::ResetDone { request, outcome }
             }
             Kind::Ping => Message::Ping {
@@ -264,6 +259,19 @@ impl Message {
                 code: FaultCode::from_number(reader.u16()?)?,
                 text: Text::from_wire(take_counted(reader)?)?,
             },
+            Kind::RdmaOffer => Message::RdmaOffer(RdmaEndpoint::decode(reader)?),
+            Kind::RdmaAnswer => Message::RdmaAnswer(match take_outcome(reader)? {
+                Ok(()) => Ok(RdmaEndpoint::decode(reader)?),
+                Err(text) => Err(text),
+            }),
+            Kind::RdmaChoice => Message::RdmaChoice(take_outcome(reader)?),
+            Kind::RdmaKeys => {
+                let mut keys = Vec::with_capacity(reader.rest().len() / RdmaKey::LEN);
+                while !reader.rest().is_empty() {
+                    keys.push(RdmaKey::decode(reader)?);
+                }
+                Message::RdmaKeys(keys)
+            }
             // These have entries, which are read in place and never through here.
             Kind::Submit | Kind::Complete => {
                 return Err(WireError::WrongKind {
@@ -288,6 +296,24 @@ fn put_data(out: &mut Vec<u8>, data: &Data) {
 fn take_counted<'a>(reader: &mut Reader<'a>) -> Result<&'a [u8], WireError> {
     let len = reader.u16()?;
     reader.bytes(len.into())
+}
+
+/// Success, or a failure and what people should know of it.
+fn put_outcome(out: &mut Vec<u8>, failure: Option<&Text>) {
+    out.put_u16(failure.is_some().into());
+    put_text(out, failure.map_or("", Text::as_str));
+}
+
+fn take_outcome(reader: &mut Reader<'_>) -> Result<Result<(), Text>, WireError> {
+    let failed = reader.u16()?;
+    let text = Text::from_wire(take_counted(reader)?)?;
+    in_range("an outcome", failed, 0, 1)?;
+    if failed == 1 {
+        return Ok(Err(text));
+    }
+    // A text on success would be lost here, and so not survive a round trip.
+    in_range("the length of a success's text", text.as_str().len(), 0, 0)?;
+    Ok(Ok(()))
 }
 
 fn take_magic(reader: &mut Reader<'_>) -> Result<(), WireError> {

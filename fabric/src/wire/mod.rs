@@ -18,6 +18,7 @@ mod header;
 mod ids;
 mod message;
 mod message_bytes;
+mod rdma;
 mod submit;
 mod version;
 
@@ -30,6 +31,7 @@ pub use error::WireError;
 pub use header::{Header, Kind};
 pub use ids::{Epoch, QueueId, RequestId, Tag};
 pub use message::Message;
+pub use rdma::{RdmaEndpoint, RdmaKey};
 pub use submit::{Direction, Placement, Segments, Submit, SubmitBatch, SubmitEntries, SubmitEntry};
 pub use version::{NEWEST, OLDEST, ProtocolVersion, negotiate};
 

@@ -9,18 +9,22 @@
 pub enum ProtocolVersion {
     /// The first: set-up, registers, commands with data, interrupts, reset, release.
     V1 = 1,
+    /// Adds the choice of RDMA after a claim, and keys of memory: `RdmaOffer`, `RdmaAnswer`,
+    /// `RdmaChoice` and `RdmaKeys`.
+    V2 = 2,
 }
 
 /// The oldest version that this code speaks.
 pub const OLDEST: ProtocolVersion = ProtocolVersion::V1;
 /// The newest version that this code speaks.
-pub const NEWEST: ProtocolVersion = ProtocolVersion::V1;
+pub const NEWEST: ProtocolVersion = ProtocolVersion::V2;
 
 impl ProtocolVersion {
     /// The version with this number, if this code speaks it.
     pub fn from_number(number: u16) -> Option<Self> {
         match number {
             1 => Some(ProtocolVersion::V1),
+            2 => Some(ProtocolVersion::V2),
             _ => None,
         }
     }
@@ -47,12 +51,13 @@ mod tests {
     #[test]
     fn newest_common_version_is_chosen() {
         assert_eq!(negotiate(1, 1), Some(ProtocolVersion::V1));
-        assert_eq!(negotiate(0, u16::MAX), Some(ProtocolVersion::V1));
+        assert_eq!(negotiate(1, 2), Some(ProtocolVersion::V2));
+        assert_eq!(negotiate(0, u16::MAX), Some(ProtocolVersion::V2));
     }
 
     #[test]
     fn ranges_that_do_not_meet_have_no_version() {
-        assert_eq!(negotiate(2, 9), None);
+        assert_eq!(negotiate(3, 9), None);
         assert_eq!(negotiate(0, 0), None);
         assert_eq!(negotiate(5, 1), None);
     }

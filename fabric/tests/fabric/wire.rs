@@ -128,7 +128,37 @@ fn kinds_are_found_by_their_numbers() {
         assert_eq!(Kind::from_number(kind.number()), Some(*kind));
     }
     assert_eq!(Kind::from_number(0), None);
-    assert_eq!(Kind::ALL.len(), 24);
+    assert_eq!(Kind::ALL.len(), 28);
+}
+
+/// `docs/protocol.md`, RDMA.
+#[test]
+fn an_endpoint_has_the_bytes_of_the_table() {
+    let endpoint = RdmaEndpoint {
+        gid: *b"0123456789abcdef",
+        lid: 0x0102,
+        mtu: 4096,
+        queue_pair: 0x03_0405,
+        first_packet: 0x06_0708,
+        ring_address: 0x1112_1314_1516_1718,
+        ring_len: 0x8_0000,
+        ring_key: 0x2122_2324,
+        slots: 0x3132,
+    };
+    let mut control = Vec::new();
+    Message::RdmaOffer(endpoint).encode(&mut control).unwrap();
+    assert_eq!(
+        control,
+        [
+            &b"0123456789abcdef"[..],
+            &[
+                0x02, 0x01, 0x00, 0x10, 0x05, 0x04, 0x03, 0, 0x08, 0x07, 0x06, 0
+            ],
+            &[0, 0, 8, 0, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11],
+            &[0x24, 0x23, 0x22, 0x21, 0x32, 0x31, 0, 0],
+        ]
+        .concat()
+    );
 }
 
 #[test]

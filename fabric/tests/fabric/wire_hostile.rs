@@ -386,3 +386,68 @@ fn admission_is_by_side_epoch_and_phase() {
     }
     assert!(admission.admit(&of(Kind::Hello, Epoch(5))).is_err());
 }
+
+/// An offer with a field changed, decoded.
+fn offer(change: impl FnOnce(&mut [u8])) -> Result<Message, WireError> {
+    let endpoint = RdmaEndpoint {
+        gid: [1; 16],
+        lid: 0,
+        mtu: 1024,
+        queue_pair: 17,
+        first_packet: 7,
+        ring_address: 0x1000,
+        ring_len: RdmaEndpoint::MIN_RING,
+        ring_key: 5,
+        slots: RdmaEndpoint::MIN_SLOTS,
+    };
+    let mut control = Vec::new();
+    let header = Message::RdmaOffer(endpoint).encode(&mut control).unwrap();
+    change(&mut control);
+    Message::decode(&header, &control)
+}
+
+#[test]
+fn impossible_endpoints_are_refused() {
+    assert!(offer(|_| ()).is_ok());
+    for (at, bytes) in [
+        (18, &[0, 3][..]),      // packets of 768 bytes
+        (18, &[0x80, 0]),       // of 128
+        (18, &[0, 0x20]),       // of 8192
+        (23, &[1]),             // a queue pair of 25 bits
+        (27, &[1]),             // a packet number of 25 bits
+        (28, &[0, 0, 2, 0]),    // a ring of 128 KiB
+        (28, &[0, 0, 0, 0x40]), // of 1 GiB
+        (28, &[1, 0, 4, 0]),    // of an odd length
+        (32, &[0xff; 8]),       // behind the end of memory
+        (44, &[0xff, 0]),       // 255 messages
+        (46, &[1]),             // reserved
+    ] {
+        let decoded = offer(|control| control[at..at + bytes.len()].copy_from_slice(bytes));
+        assert!(decoded.is_err(), "{bytes:x?} at {at}: {decoded:?}");
+    }
+}
+
+#[test]
+fn impossible_keys_are_refused() {
+    let key = RdmaKey {
+        address: 0x1000,
+        len: 0x1000,
+        key: 3,
+        alive: true,
+    };
+    let encode = |keys| Message::RdmaKeys(keys).encode(&mut Vec::new());
+    assert!(encode(vec![key]).is_ok());
+    assert!(encode(vec![]).is_err());
+    assert!(encode(vec![key; RdmaKey::MAX + 1]).is_err());
+    assert!(encode(vec![RdmaKey { len: 0, ..key }]).is_err());
+    let beyond = RdmaKey {
+        address: u64::MAX,
+        len: 2,
+        ..key
+    };
+    assert!(encode(vec![beyond]).is_err());
+    let mut control = Vec::new();
+    let header = Message::RdmaKeys(vec![key]).encode(&mut control).unwrap();
+    control[20] = 2;
+    assert!(Message::decode(&header, &control).is_err());
+}

@@ -83,7 +83,43 @@ pub(crate) fn any_message() -> impl Strategy<Value = Message> {
         Just(Message::Release),
         Just(Message::Released),
         (any_fault(), text()).prop_map(|(code, text)| Message::Fault { code, text }),
+        any_endpoint().prop_map(Message::RdmaOffer),
+        any_endpoint().prop_map(|endpoint| Message::RdmaAnswer(Ok(endpoint))),
+        text().prop_map(|text| Message::RdmaAnswer(Err(text))),
+        proptest::option::of(text()).prop_map(|text| Message::RdmaChoice(text.map_or(Ok(()), Err))),
+        vec(any_key(), 1..=64).prop_map(Message::RdmaKeys),
     ]
+}
+
+pub(crate) fn any_endpoint() -> impl Strategy<Value = RdmaEndpoint> {
+    let ring = (0..u64::MAX / 2, 18..=24_u32, any::<u32>());
+    let pair = (0..1_u32 << 24, 0..1_u32 << 24, 256..=u16::MAX);
+    let port = (any::<[u8; 16]>(), any::<u16>(), 8..=12_u32);
+    (port, pair, ring).prop_map(
+        |((gid, lid, mtu), (queue_pair, first_packet, slots), (ring_address, len, ring_key))| {
+            RdmaEndpoint {
+                gid,
+                lid,
+                mtu: 1 << mtu,
+                queue_pair,
+                first_packet,
+                ring_address,
+                ring_len: 1 << len,
+                ring_key,
+                slots,
+            }
+        },
+    )
+}
+
+fn any_key() -> impl Strategy<Value = RdmaKey> {
+    let range = (0..u64::MAX / 2, 1..u64::MAX / 2);
+    (range, any::<u32>(), any::<bool>()).prop_map(|((address, len), key, alive)| RdmaKey {
+        address,
+        len,
+        key,
+        alive,
+    })
 }
 
 fn any_refusal() -> impl Strategy<Value = RefusalCode> {
@@ -94,7 +130,8 @@ fn any_refusal() -> impl Strategy<Value = RefusalCode> {
         Just(RefusalCode::NotReady),
         Just(RefusalCode::Malformed),
         Just(RefusalCode::Internal),
-        (7..=u16::MAX).prop_map(RefusalCode::Other),
+        Just(RefusalCode::Provider),
+        (8..=u16::MAX).prop_map(RefusalCode::Other),
     ]
 }
 

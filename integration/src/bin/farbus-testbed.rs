@@ -42,7 +42,8 @@ fn main() -> ExitCode {
 fn prepare() -> Result<()> {
     let begun = Instant::now();
     let tools = Tools::open()?;
-    let fetched = tools.prepare(&Kernel::TESTED, &[Userland::Small, Userland::Large])?;
+    let mut fetched = tools.prepare(&Kernel::TESTED, &[Userland::Small, Userland::Large])?;
+    fetched |= tools.prepare(&Kernel::RDMA, &[Userland::Rdma])?;
     if fetched {
         println!(
             "test bed ready after {:.0} s: {}",

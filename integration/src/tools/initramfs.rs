@@ -1,7 +1,8 @@
 //! The guests' userland: a busybox, Debian's storage tools, and an init that obeys the test bed.
 //!
-//! It comes in two sizes, because the guest's kernel unpacks it at every boot: the small one has
-//! what nearly every test needs, the large one adds fio, whose libraries are several times as big.
+//! It comes in sizes, because the guest's kernel unpacks it at every boot: the small one has
+//! what nearly every test needs, the large one adds fio, whose libraries are several times as big, and
+//! the one for RDMA the tools that make devices on a network.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -44,6 +45,9 @@ const DATA: [&str; 2] = ["etc/mke2fs.conf", "usr/share/misc/pci.ids"];
 /// Added by the large userland.
 const LARGE_PROGRAMS: [&str; 1] = ["usr/bin/fio"];
 
+/// Added by the userland for RDMA; busybox's `ip` knows too little.
+const RDMA_PROGRAMS: [&str; 2] = ["usr/bin/ip", "usr/bin/rdma"];
+
 const BUSYBOX: &str = "usr/bin/busybox";
 
 /// How much userland a guest gets.
@@ -53,6 +57,8 @@ pub enum Userland {
     Small,
     /// The small one, and fio.
     Large,
+    /// The small one, and iproute2.
+    Rdma,
 }
 
 /// Makes (once) the initramfs of `userland` for `kernel`.
@@ -68,9 +74,10 @@ pub fn initramfs(
     let name = match userland {
         Userland::Small => "initramfs-small",
         Userland::Large => "initramfs-large",
+        Userland::Rdma => "initramfs-rdma",
     };
     let recipe = format!(
-        "v1 {} {} {PROGRAMS:?} {LARGE_PROGRAMS:?} {LINKS:?} {DATA:?}\n{INIT}",
+        "v1 {} {} {PROGRAMS:?} {LARGE_PROGRAMS:?} {RDMA_PROGRAMS:?} {LINKS:?} {DATA:?}\n{INIT}",
         tree.root().display(),
         kernel.modules.display(),
     );
@@ -110,12 +117,13 @@ fn pack(tree: &Tree, userland: Userland) -> Result<Vec<u8>> {
     cpio.char_device("dev/null", 1, 3);
     cpio.file("init", 0o755, INIT.as_bytes());
 
-    let large: &[&str] = match userland {
+    let more: &[&str] = match userland {
         Userland::Small => &[],
         Userland::Large => &LARGE_PROGRAMS,
+        Userland::Rdma => &RDMA_PROGRAMS,
     };
     let mut files: BTreeSet<String> = BTreeSet::new();
-    for program in PROGRAMS.iter().chain(large) {
+    for program in PROGRAMS.iter().chain(more) {
         files.insert((*program).to_owned());
         files.extend(tree.libraries_of(program)?);
     }

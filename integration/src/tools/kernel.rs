@@ -1,7 +1,8 @@
-//! Guest kernels: Debian's cloud kernels, unpacked from their packages.
+//! Guest kernels: Debian's cloud kernels, unpacked from their packages, and for soft RoCE the full
+//! ones, which have it.
 //!
-//! NVMe and ext4 are built into them. What is not (see `MODULES`) goes into a small archive
-//! of its own that is joined to the initramfs; the guest loads it with `modprobe`.
+//! NVMe and ext4 are built into the cloud kernels. What is not (see `MODULES`) goes into a small
+//! archive of its own that is joined to the initramfs; the guest loads it with `modprobe`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,10 +16,11 @@ use crate::cache::Cache;
 use crate::error::{Error, IoContext, Result};
 use crate::process::run_tool;
 
-const METAPACKAGE: &str = "linux-image-cloud-amd64";
+const CLOUD: &str = "linux-image-cloud-amd64";
+const FULL: &str = "linux-image-amd64";
 
 /// Modules that guests can load; those they depend on come along. Some kernels have some built in.
-const MODULES: [&str; 8] = [
+const MODULES: &[&str] = &[
     "vfio_iommu_type1",
     "vfio-pci",
     "virtio_blk",
@@ -27,6 +29,18 @@ const MODULES: [&str; 8] = [
     "vfat",
     "nls_cp437",
     "nls_ascii",
+];
+
+/// Those of the full kernels: VFIO, a network, and RDMA over it. The soft provider computes
+/// checksums by an algorithm that it asks for by name, so nothing depends on that module.
+const RDMA_MODULES: &[&str] = &[
+    "vfio_iommu_type1",
+    "vfio-pci",
+    "virtio_net",
+    "virtio_pci",
+    "ib_uverbs",
+    "rdma_rxe",
+    "crc32_generic",
 ];
 
 /// Kernel parameters of every guest; see [`command_line`].
@@ -62,11 +76,17 @@ pub enum Kernel {
     V6_12,
     /// The newest that Debian 13 can get.
     Backports,
+    /// Debian 12's with all its modules, for RDMA.
+    Rdma6_1,
+    /// Debian 13's with all its modules, for RDMA.
+    Rdma6_12,
 }
 
 impl Kernel {
     /// The kernels that every change is tested with.
     pub const TESTED: [Self; 2] = [Self::V6_1, Self::V6_12];
+    /// Those of machines with soft RoCE.
+    pub const RDMA: [Self; 2] = [Self::Rdma6_1, Self::Rdma6_12];
 
     /// Short name, fit for file names.
     #[must_use]
@@ -75,14 +95,30 @@ impl Kernel {
             Self::V6_1 => "6.1",
             Self::V6_12 => "6.12",
             Self::Backports => "backports",
+            Self::Rdma6_1 => "rdma-6.1",
+            Self::Rdma6_12 => "rdma-6.12",
         }
     }
 
     fn suite(self) -> &'static Suite {
         match self {
-            Self::V6_1 => &BOOKWORM,
-            Self::V6_12 => &TRIXIE,
+            Self::V6_1 | Self::Rdma6_1 => &BOOKWORM,
+            Self::V6_12 | Self::Rdma6_12 => &TRIXIE,
             Self::Backports => &TRIXIE_BACKPORTS,
+        }
+    }
+
+    fn metapackage(self) -> &'static str {
+        match self {
+            Self::Rdma6_1 | Self::Rdma6_12 => FULL,
+            _ => CLOUD,
+        }
+    }
+
+    fn modules(self) -> &'static [&'static str] {
+        match self {
+            Self::Rdma6_1 | Self::Rdma6_12 => RDMA_MODULES,
+            _ => MODULES,
         }
     }
 }
@@ -105,13 +141,14 @@ pub struct KernelFiles {
 /// # Errors
 /// When the package cannot be fetched or lacks something.
 pub fn kernel(cache: &Cache, kernel: Kernel, busybox: &Path) -> Result<KernelFiles> {
-    let recipe = format!("{METAPACKAGE} {:?} {MODULES:?} v1", kernel.suite());
+    let (metapackage, modules) = (kernel.metapackage(), kernel.modules());
+    let recipe = format!("{metapackage} {:?} {modules:?} v1", kernel.suite());
     let entry = cache.entry(&format!("kernel-{}", kernel.name()), &recipe, |dir| {
         let tree = dir.join("unpacked");
         with_apt(cache, kernel.suite(), |apt| {
-            apt.unpack_alone(&kernel_packages(apt)?, &tree)
+            apt.unpack_alone(&kernel_packages(apt, metapackage)?, &tree)
         })?;
-        build(&Tree::at(tree.clone()), busybox, dir)?;
+        build(&Tree::at(tree.clone()), modules, busybox, dir)?;
         fs::remove_dir_all(&tree).context(|| format!("removing {}", tree.display()))
     })?;
     let release = fs::read_to_string(entry.join("release"))
@@ -125,9 +162,9 @@ pub fn kernel(cache: &Cache, kernel: Kernel, busybox: &Path) -> Result<KernelFil
 
 /// The packages that the metapackage stands for at present: the kernel in one package, or in several
 /// (image, base, binary, modules) with newer Debian kernels.
-fn kernel_packages(apt: &AptRoot) -> Result<Vec<String>> {
+fn kernel_packages(apt: &AptRoot, metapackage: &str) -> Result<Vec<String>> {
     let mut packages = Vec::new();
-    let mut unseen = vec![METAPACKAGE.to_owned()];
+    let mut unseen = vec![metapackage.to_owned()];
     while let Some(package) = unseen.pop() {
         let parts = [
             "linux-image-",
@@ -146,7 +183,7 @@ fn kernel_packages(apt: &AptRoot) -> Result<Vec<String>> {
     Ok(packages)
 }
 
-fn build(tree: &Tree, busybox: &Path, out: &Path) -> Result<()> {
+fn build(tree: &Tree, wanted: &[&str], busybox: &Path, out: &Path) -> Result<()> {
     let modules = tree
         .file("usr/lib/modules")
         .or_else(|_| tree.file("lib/modules"))?;
@@ -163,13 +200,13 @@ fn build(tree: &Tree, busybox: &Path, out: &Path) -> Result<()> {
         .file(&format!("boot/vmlinuz-{release}"))
         .or_else(|_| tree.file(&format!("usr/lib/modules/{release}/vmlinuz")))?;
     fs::copy(&image, out.join("vmlinuz")).context(|| format!("copying {}", image.display()))?;
-    let archive = module_archive(&modules.join(&release), &release, busybox)?;
+    let archive = module_archive(&modules.join(&release), &release, wanted, busybox)?;
     fs::write(out.join("modules.cpio"), archive).context(|| "writing modules.cpio".into())?;
     fs::write(out.join("release"), release).context(|| "writing the kernel's release".into())
 }
 
-/// Packs [`MODULES`] with a `modules.dep` that busybox's modprobe understands.
-fn module_archive(dir: &Path, release: &str, busybox: &Path) -> Result<Vec<u8>> {
+/// Packs modules with a `modules.dep` that busybox's modprobe understands.
+fn module_archive(dir: &Path, release: &str, wanted: &[&str], busybox: &Path) -> Result<Vec<u8>> {
     let mut available = BTreeMap::new();
     index_modules(dir, &mut available)?;
     let built_in: BTreeSet<String> = fs::read_to_string(dir.join("modules.builtin"))
@@ -181,7 +218,7 @@ fn module_archive(dir: &Path, release: &str, busybox: &Path) -> Result<Vec<u8>> 
     let target = format!("usr/lib/modules/{release}");
     let mut cpio = Cpio::new();
     let mut dependencies: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    let mut wanted: Vec<String> = MODULES.iter().map(|m| module_name(m)).collect();
+    let mut wanted: Vec<String> = wanted.iter().map(|m| module_name(m)).collect();
     while let Some(name) = wanted.pop() {
         if built_in.contains(&name) || dependencies.contains_key(&name) {
             continue;

@@ -16,6 +16,9 @@ use crate::process::run_tool;
 use crate::scratch::Scratch;
 
 const LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
+/// The library that loads parts of its own by absolute paths, and the directory of those.
+const VERBS: &str = "libibverbs.so.1";
+const VERBS_PROVIDERS: &str = "/usr/lib/x86_64-linux-gnu/libibverbs";
 /// Where the guest has them. `usr/bin` gets a script for each.
 const DIR: &str = "opt/farbus";
 
@@ -60,10 +63,30 @@ pub fn archive(programs: &[PathBuf]) -> Result<Vec<u8>> {
         // A process is named by what was executed.
         cpio.link(&format!("{DIR}/run/{name}"), "../lib/ld.so");
     }
+    if libraries.contains_key(VERBS) {
+        add_rdma_provider(&mut cpio)?;
+    }
     for (name, path) in &libraries {
         cpio.file(&format!("{DIR}/lib/{name}"), 0o755, &read(path)?);
     }
     Ok(cpio.finish())
+}
+
+/// Adds libibverbs' part for soft RoCE, where that library looks for it. A host without it has programs
+/// that see no RDMA device in a guest.
+fn add_rdma_provider(cpio: &mut Cpio) -> Result<()> {
+    let Ok(listing) = fs::read_dir(VERBS_PROVIDERS) else {
+        return Ok(());
+    };
+    for entry in listing.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("librxe-") {
+            let target = format!("{VERBS_PROVIDERS}/{name}");
+            cpio.file(target.trim_start_matches('/'), 0o755, &read(&entry.path())?);
+            cpio.file("etc/libibverbs.d/rxe.driver", 0o644, b"driver rxe\n");
+        }
+    }
+    Ok(())
 }
 
 /// The lines "libfoo.so.1 => /path/libfoo.so.1 (0x…)" of the loader's list. The loader itself and the

@@ -10,4 +10,5 @@ pub mod device;
 pub mod identify;
 pub mod prp;
 pub mod ring;
+mod slots;
 pub mod transfer;

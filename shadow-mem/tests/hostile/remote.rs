@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use farbus_fabric::provider::{Choice, Provider};
 use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::{
     CompleteBatch, Description, EngineKind, Epoch, Header, InterruptCounts, Kind, Label, Message,
@@ -81,6 +82,10 @@ fn claim(stream: TcpStream, tags: u16, shadow_len: u32) -> ClaimedLink {
         },
         version: NEWEST,
         peer: Label::new("a test").unwrap(),
+        provider: Choice {
+            provider: Provider::Tcp,
+            why: String::new(),
+        },
     }
 }
 

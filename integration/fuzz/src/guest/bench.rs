@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex, OnceLock};
 
+use farbus_fabric::provider::{Choice, Provider};
 use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::{
     Description, EngineKind, Epoch, InterruptCounts, Label, NEWEST, Region, Side,
@@ -361,6 +362,10 @@ fn claim(
         description,
         version: NEWEST,
         peer: Label::default(),
+        provider: Choice {
+            provider: Provider::Tcp,
+            why: String::new(),
+        },
     };
     let peer = Peer {
         half,

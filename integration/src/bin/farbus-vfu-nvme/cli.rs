@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use farbus_fabric::provider::Wanted;
 use farbus_fabric::wire::ExportName;
 use farbus_vfio::soft_nvme::SoftNvmeConfig;
 use log::LevelFilter;
@@ -30,7 +31,7 @@ has `target`, `rw`, `block_size_bytes`, `iodepth`, `queues`, `poll`, `shadow_doo
 drive on a file) and `doorbells_per_io` (registers written). With --from there are also
 `messages_sent_per_io`, `messages_received_per_io`, `payload_bytes_sent_per_io`,
 `payload_bytes_received_per_io`, `bytes_sent_per_io`, `bytes_received_per_io`, `send_calls_per_io`
-and `receive_calls_per_io`; elsewhere they are null.";
+(with RDMA: work requests), `receive_calls_per_io` and `rdma_doorbells_per_io`; elsewhere they are null.";
 
 /// Drives NVMe controllers the way a guest's driver does: at a vfio-user socket, through the
 /// fabric from this process, or in this process.
@@ -89,6 +90,9 @@ pub(crate) struct TargetArgs {
     /// The export, one for each --from (or several for one).
     #[arg(long, value_name = "NAME", requires = "from", value_parser = parse_export_name)]
     export: Vec<ExportName>,
+    /// What carries the data of --from: auto, verbs or tcp.
+    #[arg(long, value_name = "PROVIDER", default_value_t)]
+    provider: Wanted,
     /// A software drive in this process, as farbus-device-server takes it: path=FILE or
     /// backing=memory|null, with size=, block-size=, queues=, serial=.
     #[arg(long, value_name = "SPEC")]
@@ -119,6 +123,7 @@ impl TargetArgs {
             specs.extend(address.map(|address| TargetSpec::Fabric {
                 address: address.clone(),
                 export: export.clone(),
+                provider: self.provider,
             }));
         }
         specs.extend(self.soft_nvme.iter().cloned().map(TargetSpec::SoftNvme));

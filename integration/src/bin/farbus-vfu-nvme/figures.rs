@@ -151,6 +151,7 @@ impl Figures {
         put("bytes_received_per_io", link(|l| l.bytes_received));
         put("send_calls_per_io", link(|l| l.send_calls));
         put("receive_calls_per_io", link(|l| l.receive_calls));
+        put("rdma_doorbells_per_io", link(|l| l.doorbells));
         Value::Object(object)
     }
 
@@ -211,5 +212,6 @@ pub(crate) fn combine(a: &Counters, b: &Counters, with: fn(u64, u64) -> u64) -> 
         bytes_sent: with(a.bytes_sent, b.bytes_sent),
         send_calls: with(a.send_calls, b.send_calls),
         receive_calls: with(a.receive_calls, b.receive_calls),
+        doorbells: with(a.doorbells, b.doorbells),
     }
 }

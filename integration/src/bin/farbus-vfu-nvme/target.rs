@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use farbus_fabric::Counters;
+use farbus_fabric::provider::{Options, Wanted};
 use farbus_fabric::session::client;
 use farbus_fabric::wire::ExportName;
 use farbus_shadow_mem::remote::{LinkInterest, RemoteFunction};
@@ -17,6 +18,7 @@ use farbus_vfio::user::UserFunction;
 use farbus_vfio::{
     DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, RegionIndex,
 };
+use log::info;
 use vmm_sys_util::eventfd::EventFd;
 
 /// How long a peer may take to answer.
@@ -31,7 +33,11 @@ pub(crate) type Driver = NvmeDriver<dyn Function>;
 #[derive(Clone, Debug)]
 pub(crate) enum TargetSpec {
     VfioUser(PathBuf),
-    Fabric { address: String, export: ExportName },
+    Fabric {
+        address: String,
+        export: ExportName,
+        provider: Wanted,
+    },
     SoftNvme(SoftNvmeConfig),
 }
 
@@ -39,7 +45,9 @@ impl fmt::Display for TargetSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::VfioUser(path) => write!(f, "vfio-user {}", path.display()),
-            Self::Fabric { address, export } => write!(f, "{} of {address}", export.as_str()),
+            Self::Fabric {
+                address, export, ..
+            } => write!(f, "{} of {address}", export.as_str()),
             Self::SoftNvme(config) => write!(f, "soft-nvme {}", config.medium),
         }
     }
@@ -62,8 +70,18 @@ impl Target {
                 local(Arc::new(UserFunction::connect(path, PATIENCE)?) as Arc<dyn Function>)
             }
             TargetSpec::SoftNvme(config) => local(Arc::new(SoftNvme::open(config)?)),
-            TargetSpec::Fabric { address, export } => {
-                let claimed = client::claim(address, export, "farbus-vfu-nvme", PATIENCE)?;
+            TargetSpec::Fabric {
+                address,
+                export,
+                provider,
+            } => {
+                let options = Options {
+                    wanted: *provider,
+                    ..Options::default()
+                };
+                let label = "farbus-vfu-nvme";
+                let claimed = client::claim_by(address, export, label, PATIENCE, &options)?;
+                info!("claimed {spec} over {}", claimed.provider);
                 let linked = Arc::new(Linked::new(RemoteFunction::new(spec.to_string(), claimed)?));
                 Self {
                     function: linked.clone(),

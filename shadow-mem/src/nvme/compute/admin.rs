@@ -70,30 +70,20 @@ impl ComputeHalf {
                 let vector = (sqe.dword(11) & 2 != 0).then_some((sqe.dword(11) >> 16) as u16);
                 let made = CompletionQueue::new(sqe.prp1(), queue_size(sqe), vector);
                 self.clear_doorbell(queue, true);
-                if let Some(slot) = self.queues.completion.get_mut(usize::from(queue)) {
-                    *slot = Some(made);
-                }
+                self.queues.completion.insert(queue, made);
             }
             admin::CREATE_SQ => {
                 let completion = (sqe.dword(11) >> 16) as u16;
                 let made = SubmissionQueue::new(sqe.prp1(), queue_size(sqe), completion);
                 self.clear_doorbell(queue, false);
-                if let Some(slot) = self.queues.submission.get_mut(usize::from(queue)) {
-                    *slot = Some(made);
-                }
+                self.queues.submission.insert(queue, made);
             }
             admin::DELETE_SQ => {
-                if let Some(slot) = self.queues.submission.get_mut(usize::from(queue)) {
-                    *slot = None;
-                }
+                self.queues.submission.remove(queue);
             }
             admin::DELETE_CQ => {
-                let gone = self.queues.completion.get_mut(usize::from(queue));
-                for tag in gone
-                    .and_then(Option::take)
-                    .into_iter()
-                    .flat_map(|cq| cq.held)
-                {
+                let gone = self.queues.completion.remove(queue);
+                for tag in gone.into_iter().flat_map(|cq| cq.held) {
                     self.tags.free(tag);
                 }
             }
@@ -139,9 +129,7 @@ impl ComputeHalf {
     }
 
     fn check_create_cq(&self, sqe: &SubmissionEntry) -> Result<(), Status> {
-        self.new_queue_id(sqe, |half, id| {
-            matches!(half.queues.completion.get(id), Some(Some(_)))
-        })?;
+        self.new_queue_id(sqe, |half, id| half.queues.completion.get(id).is_some())?;
         self.check_ring(sqe, CQE_SIZE, true)?;
         let vector = sqe.dword(11) >> 16;
         if sqe.dword(11) & 2 != 0 && vector >= self.interrupts.len() {
@@ -151,13 +139,11 @@ impl ComputeHalf {
     }
 
     fn check_create_sq(&self, sqe: &SubmissionEntry) -> Result<(), Status> {
-        self.new_queue_id(sqe, |half, id| {
-            matches!(half.queues.submission.get(id), Some(Some(_)))
-        })?;
-        let completion = (sqe.dword(11) >> 16) as usize;
+        self.new_queue_id(sqe, |half, id| half.queues.submission.get(id).is_some())?;
+        let completion = (sqe.dword(11) >> 16) as u16;
         match self.queues.completion.get(completion) {
             // NVMe 1.4 §5.4: the admin completion queue is not one for I/O.
-            Some(Some(_)) if completion > 0 => {}
+            Some(_) if completion > 0 => {}
             _ => return Err(Status::INVALID_CQ),
         }
         self.check_ring(sqe, SQE_SIZE, false)
@@ -166,13 +152,13 @@ impl ComputeHalf {
     fn new_queue_id(
         &self,
         sqe: &SubmissionEntry,
-        exists: impl Fn(&Self, usize) -> bool,
+        exists: impl Fn(&Self, u16) -> bool,
     ) -> Result<(), Status> {
-        let id = (sqe.dword(10) & 0xffff) as usize;
-        let possible = (1..=usize::from(self.description.queue_pairs)).contains(&id);
+        let id = sqe.dword(10) as u16;
+        let possible = (1..=self.description.queue_pairs).contains(&id);
         // One that is being created may exist at the device by now, which takes a second
         // creation for a mistake of ours.
-        let is_taken = exists(self, id) || self.tags.has_sent_admin(sqe.opcode(), id as u16);
+        let is_taken = exists(self, id) || self.tags.has_sent_admin(sqe.opcode(), id);
         if !possible || is_taken {
             return Err(Status::INVALID_QID);
         }
@@ -201,21 +187,21 @@ impl ComputeHalf {
     }
 
     fn check_delete_sq(&self, sqe: &SubmissionEntry) -> Result<(), Status> {
-        let id = (sqe.dword(10) & 0xffff) as usize;
+        let id = sqe.dword(10) as u16;
         match self.queues.submission.get(id) {
-            Some(Some(_)) if id > 0 => Ok(()),
+            Some(_) if id > 0 => Ok(()),
             _ => Err(Status::INVALID_QID),
         }
     }
 
     fn check_delete_cq(&self, sqe: &SubmissionEntry) -> Result<(), Status> {
         let id = sqe.dword(10) as u16;
-        match self.queues.completion.get(usize::from(id)) {
-            Some(Some(_)) if id > 0 => {}
+        match self.queues.completion.get(id) {
+            Some(_) if id > 0 => {}
             _ => return Err(Status::INVALID_QID),
         }
-        let in_use = self.queues.submission.iter().flatten();
-        if in_use.into_iter().any(|sq| sq.completion_queue == id) {
+        let mut in_use = self.queues.submission.iter();
+        if in_use.any(|(_, sq)| sq.completion_queue == id) {
             return Err(Status::INVALID_QUEUE_DELETION);
         }
         Ok(())

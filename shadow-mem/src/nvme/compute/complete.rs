@@ -135,8 +135,7 @@ impl ComputeHalf {
             if cq.held.is_empty() || cq.ring.is_full() && !self.finds_room(id) {
                 return;
             }
-            let cq = self.queues.completion.get_mut(usize::from(id));
-            let Some(cq) = cq.and_then(Option::as_mut) else {
+            let Some(cq) = self.queues.completion.get_mut(id) else {
                 return;
             };
             let Some(tag) = cq.held.pop_front() else {
@@ -148,10 +147,10 @@ impl ComputeHalf {
             let State::Held { status, result } = command.state else {
                 return;
             };
-            let sq = self.queues.submission.get(usize::from(command.queue));
+            let sq = self.queues.submission.get(command.queue);
             let entry = CompletionEntry {
                 result,
-                sq_head: sq.and_then(Option::as_ref).map_or(0, |sq| sq.ring.head()),
+                sq_head: sq.map_or(0, |sq| sq.ring.head()),
                 sq_id: command.queue,
                 cid: command.sqe.cid(),
                 status,

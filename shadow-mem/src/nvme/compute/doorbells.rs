@@ -70,15 +70,11 @@ impl ComputeHalf {
         debug!("the guest keeps its doorbells in memory: {values}, {event_indices}");
         // Queues that exist already have been rung by their registers so far.
         if let Some(values) = page(&self.memory, values) {
-            for (id, sq) in (0u16..).zip(&self.queues.submission).skip(1) {
-                if let Some(sq) = sq {
-                    store(&values, place(id, false), sq.ring.tail());
-                }
+            for (id, sq) in self.queues.submission.iter().skip(1) {
+                store(&values, place(id, false), sq.ring.tail());
             }
-            for (id, cq) in (0u16..).zip(&self.queues.completion).skip(1) {
-                if let Some(cq) = cq {
-                    store(&values, place(id, true), cq.ring.head());
-                }
+            for (id, cq) in self.queues.completion.iter().skip(1) {
+                store(&values, place(id, true), cq.ring.head());
             }
         }
         Status::SUCCESS
@@ -94,8 +90,8 @@ impl ComputeHalf {
             return false;
         };
         let mut news = false;
-        for (id, sq) in (0u16..).zip(&mut self.queues.submission).skip(1) {
-            if let (Some(sq), Some(tail)) = (sq, load(&values, place(id, false))) {
+        for (id, sq) in self.queues.submission.iter_mut().skip(1) {
+            if let Some(tail) = load(&values, place(id, false)) {
                 news |= tail != sq.ring.tail() && sq.ring.set_tail(tail);
             }
         }
@@ -112,10 +108,8 @@ impl ComputeHalf {
         let Some(event_indices) = page(&self.memory, doorbells.event_indices) else {
             return news;
         };
-        for (id, sq) in (0u16..).zip(&self.queues.submission).skip(1) {
-            if let Some(sq) = sq {
-                store(&event_indices, place(id, false), sq.ring.tail());
-            }
+        for (id, sq) in self.queues.submission.iter().skip(1) {
+            store(&event_indices, place(id, false), sq.ring.tail());
         }
         // The guest stores its tail before it reads what was stored here, and this side looks
         // at the tail after: one of the two sees the other.
@@ -135,8 +129,7 @@ impl ComputeHalf {
             return false;
         };
         let mut look = || {
-            let cq = self.queues.completion.get_mut(usize::from(id));
-            cq.and_then(Option::as_mut).is_some_and(|cq| {
+            self.queues.completion.get_mut(id).is_some_and(|cq| {
                 load(&values, at).is_some_and(|head| cq.ring.set_head(head)) && !cq.ring.is_full()
             })
         };

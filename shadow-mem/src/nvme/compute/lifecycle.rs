@@ -90,8 +90,10 @@ impl ComputeHalf {
         self.registers.csts &= !(csts::RDY | csts::SHST_MASK);
         self.queues.clear();
         self.features.clear();
-        self.queues.submission[0] = Some(SubmissionQueue::new(asq, asq_size, 0));
-        self.queues.completion[0] = Some(CompletionQueue::new(acq, acq_size, Some(0)));
+        let sq = SubmissionQueue::new(asq, asq_size, 0);
+        self.queues.submission.insert(0, sq);
+        let cq = CompletionQueue::new(acq, acq_size, Some(0));
+        self.queues.completion.insert(0, cq);
         self.life.phase = Phase::Enabling;
     }
 

@@ -257,6 +257,7 @@ impl ComputeHalf {
     /// Sends all that waits: resets, register writes, then new commands while the link takes
     /// them.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
+        self.batch.one_sided = session.is_one_sided();
         if let (Some(nonce), false) = (self.pong, session.is_congested()) {
             self.pong = None;
             session.send(&Message::Pong { nonce })?;

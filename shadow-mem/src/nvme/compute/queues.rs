@@ -10,6 +10,7 @@ use vm_memory::Bytes;
 
 use super::super::description::MAX_QUEUE_PAIRS;
 use super::super::ring::{CompletionRing, SubmissionRing};
+use super::super::slots::Slots;
 use crate::guest::{GuestMemory, NotMapped};
 
 /// A submission queue in guest memory.
@@ -100,32 +101,31 @@ fn entry_iova(base: u64, index: u32, size: usize) -> Result<Iova, NotMapped> {
         })
 }
 
-/// All queues of a controller; index 0 holds the admin queues.
+/// All queues of a controller; those of id 0 are the admin queues.
 pub(super) struct Queues {
-    pub(super) submission: Vec<Option<SubmissionQueue>>,
-    pub(super) completion: Vec<Option<CompletionQueue>>,
+    pub(super) submission: Slots<SubmissionQueue>,
+    pub(super) completion: Slots<CompletionQueue>,
 }
 
 impl Queues {
     pub(super) fn new() -> Self {
-        let count = usize::from(MAX_QUEUE_PAIRS) + 1;
         Self {
-            submission: (0..count).map(|_| None).collect(),
-            completion: (0..count).map(|_| None).collect(),
+            submission: Slots::new(MAX_QUEUE_PAIRS + 1),
+            completion: Slots::new(MAX_QUEUE_PAIRS + 1),
         }
     }
 
     /// Forgets all queues.
     pub(super) fn clear(&mut self) {
-        self.submission.fill_with(|| None);
-        self.completion.fill_with(|| None);
+        self.submission.clear();
+        self.completion.clear();
     }
 
     pub(super) fn sq(&mut self, id: u16) -> Option<&mut SubmissionQueue> {
-        self.submission.get_mut(usize::from(id))?.as_mut()
+        self.submission.get_mut(id)
     }
 
     pub(super) fn cq(&mut self, id: u16) -> Option<&mut CompletionQueue> {
-        self.completion.get_mut(usize::from(id))?.as_mut()
+        self.completion.get_mut(id)
     }
 }

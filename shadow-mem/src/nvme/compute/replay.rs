@@ -107,22 +107,18 @@ impl ComputeHalf {
 
     fn rebuild_steps(&self) -> VecDeque<SubmissionEntry> {
         let mut steps: VecDeque<_> = self.features.iter().copied().collect();
-        for (id, cq) in (0u16..).zip(&self.queues.completion).skip(1) {
-            if let Some(cq) = cq {
-                let mut sqe = SubmissionEntry::new(admin::CREATE_CQ);
-                sqe.set_dword(10, u32::from(id) | (cq.ring.size() - 1) << 16);
-                let interrupt = cq.vector.map_or(0, |vector| 2 | u32::from(vector) << 16);
-                sqe.set_dword(11, 1 | interrupt);
-                steps.push_back(sqe);
-            }
+        for (id, cq) in self.queues.completion.iter().skip(1) {
+            let mut sqe = SubmissionEntry::new(admin::CREATE_CQ);
+            sqe.set_dword(10, u32::from(id) | (cq.ring.size() - 1) << 16);
+            let interrupt = cq.vector.map_or(0, |vector| 2 | u32::from(vector) << 16);
+            sqe.set_dword(11, 1 | interrupt);
+            steps.push_back(sqe);
         }
-        for (id, sq) in (0u16..).zip(&self.queues.submission).skip(1) {
-            if let Some(sq) = sq {
-                let mut sqe = SubmissionEntry::new(admin::CREATE_SQ);
-                sqe.set_dword(10, u32::from(id) | (sq.ring.size() - 1) << 16);
-                sqe.set_dword(11, 1 | u32::from(sq.completion_queue) << 16);
-                steps.push_back(sqe);
-            }
+        for (id, sq) in self.queues.submission.iter().skip(1) {
+            let mut sqe = SubmissionEntry::new(admin::CREATE_SQ);
+            sqe.set_dword(10, u32::from(id) | (sq.ring.size() - 1) << 16);
+            sqe.set_dword(11, 1 | u32::from(sq.completion_queue) << 16);
+            steps.push_back(sqe);
         }
         steps
     }

@@ -52,7 +52,7 @@ impl ComputeHalf {
 
     /// Fetches from all queues in turn until the batch is full or nothing is left.
     fn fill_batch(&mut self) {
-        let queues = self.queues.submission.len() as u16;
+        let queues = self.queues.submission.end();
         // A guest whose I/O is stuck can still abort and delete.
         if self.fetch_burst(0) == Fetch::NoRoom {
             return;
@@ -85,12 +85,7 @@ impl ComputeHalf {
     }
 
     fn fetch(&mut self, queue: u16) -> Fetch {
-        let Some(sq) = self
-            .queues
-            .submission
-            .get(usize::from(queue))
-            .and_then(Option::as_ref)
-        else {
+        let Some(sq) = self.queues.submission.get(queue) else {
             return Fetch::Empty;
         };
         let limit = match queue {
@@ -193,11 +188,14 @@ impl ComputeHalf {
                     .memory
                     .spans(*segment, false, &mut self.batch.payload)
                     .is_ok(),
-                // Where it lands is looked up again when it comes.
-                _ => self.memory.covers(segment.iova, segment.len.into(), true),
+                // Where it lands is looked up again when it comes, unless the peer writes it.
+                _ => {
+                    self.batch.push_segment(segment.iova.0, segment.len);
+                    self.memory.covers(segment.iova, segment.len.into(), true)
+                }
             };
             if !mapped {
-                self.batch.payload.truncate(before);
+                self.batch.truncate(before);
                 return Err(Status::DATA_TRANSFER_ERROR);
             }
         }
@@ -209,7 +207,7 @@ impl ComputeHalf {
             direction,
         };
         if self.batch.push(&placement, &sqe.0).is_err() {
-            self.batch.payload.truncate(before);
+            self.batch.truncate(before);
             return Err(Status::INTERNAL_ERROR);
         }
         command.state = State::Sent;

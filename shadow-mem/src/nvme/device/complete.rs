@@ -10,17 +10,17 @@ use super::super::identify;
 use super::super::ring::CompletionCursor;
 use super::super::transfer::Transfer;
 use super::tags::Command;
-use super::{DeviceHalf, SubmissionQueue};
+use super::{DeviceHalf, MAX_SPANS, SubmissionQueue};
 use crate::session::Session;
 
 impl DeviceHalf {
     /// Sends everything that the device has completed, unless the network takes no more: then
     /// it stays in the device's queues.
     pub(super) fn send_completions(&mut self, session: &mut Session) -> Result<(), FabricError> {
-        for id in 0..self.completion.len() as u16 {
+        for id in 0..self.completion.end() {
             self.drain(id, false, session)?;
         }
-        session.complete(&mut self.batch, &mut self.payload)
+        session.complete(&mut self.batch, &mut self.payload, &mut self.remote)
     }
 
     /// Takes what is new in one queue; with `all`, even if the network takes no more. No more
@@ -31,7 +31,7 @@ impl DeviceHalf {
             if session.is_congested() && !all {
                 break;
             }
-            let Some(Some(cursor)) = self.completion.get_mut(usize::from(id)) else {
+            let Some(cursor) = self.completion.get_mut(id) else {
                 break;
             };
             let (index, phase) = cursor.at();
@@ -66,7 +66,7 @@ impl DeviceHalf {
             }
             return Ok(());
         };
-        if let Some(Some(sq)) = self.submission.get_mut(usize::from(command.queue)) {
+        if let Some(sq) = self.submission.get_mut(command.queue) {
             sq.outstanding = sq.outstanding.saturating_sub(1);
         }
         let ok = cqe.status.is_success();
@@ -84,22 +84,35 @@ impl DeviceHalf {
             data_len,
             result: cqe.result,
         };
-        self.append(&entry, command.offset, session)
+        self.append(&entry, command.offset, command.segments, session)
     }
 
     fn append(
         &mut self,
         entry: &CompleteEntry,
         offset: u32,
+        segments: u16,
         session: &mut Session,
     ) -> Result<(), FabricError> {
-        if !self.batch.has_room(entry.data_len) || self.payload.len() == self.payload.capacity() {
-            session.complete(&mut self.batch, &mut self.payload)?;
+        let full = self.payload.len() >= MAX_SPANS
+            || self.remote.len() + usize::from(segments) > MAX_SPANS;
+        if !self.batch.has_room(entry.data_len) || full {
+            session.complete(&mut self.batch, &mut self.payload, &mut self.remote)?;
         }
         self.batch.push(entry)?;
         if entry.data_len > 0 {
             let span = self.span(offset, entry.data_len);
             self.payload.push(span);
+            if session.is_one_sided() {
+                if segments == 0 {
+                    return Err(FabricError::violation(format!(
+                        "{} does not say where its data goes",
+                        entry.tag
+                    )));
+                }
+                let segments = self.segments.of(offset, segments);
+                self.remote.extend_from_slice(segments);
+            }
         }
         Ok(())
     }
@@ -112,28 +125,24 @@ impl DeviceHalf {
     ) -> Result<(), FabricError> {
         let sqe = &command.sqe;
         let (id, size) = (sqe.dword(10) as u16, (sqe.dword(10) >> 16) + 1);
-        let queue = usize::from(id);
         match sqe.opcode() {
             admin::CREATE_CQ => {
-                if let Some(slot) = self.completion.get_mut(queue) {
-                    *slot = Some(CompletionCursor::new(size));
-                }
+                self.completion.insert(id, CompletionCursor::new(size));
             }
             admin::CREATE_SQ => {
-                if let Some(slot) = self.submission.get_mut(queue) {
-                    *slot = Some(SubmissionQueue {
-                        size,
-                        tail: 0,
-                        outstanding: 0,
-                        completion_queue: (sqe.dword(11) >> 16) as u16,
-                        dirty: false,
-                    });
-                }
+                let made = SubmissionQueue {
+                    size,
+                    tail: 0,
+                    outstanding: 0,
+                    completion_queue: (sqe.dword(11) >> 16) as u16,
+                    dirty: false,
+                };
+                self.submission.insert(id, made);
             }
             admin::DELETE_SQ => {
                 // What it has completed counts, and must not be found later under a tag that
                 // is in use again.
-                if let Some(Some(sq)) = self.submission.get(queue) {
+                if let Some(sq) = self.submission.get(id) {
                     self.drain(sq.completion_queue, true, session)?;
                 }
                 // A device need not complete what it dropped (NVMe 1.4 §5.6); the guest's
@@ -146,16 +155,12 @@ impl DeviceHalf {
                         data_len: 0,
                         result: 0,
                     };
-                    self.append(&entry, 0, session)?;
+                    self.append(&entry, 0, 0, session)?;
                 }
-                if let Some(slot) = self.submission.get_mut(queue) {
-                    *slot = None;
-                }
+                self.submission.remove(id);
             }
             admin::DELETE_CQ => {
-                if let Some(slot) = self.completion.get_mut(queue) {
-                    *slot = None;
-                }
+                self.completion.remove(id);
             }
             _ if identify::is_of_controller(sqe) => {
                 let data = self

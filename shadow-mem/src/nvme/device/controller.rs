@@ -357,16 +357,16 @@ impl DeviceHalf {
     pub(super) fn start_controller(&mut self, cc: u32) -> Result<(), FunctionError> {
         self.forget_commands();
         self.arena.clear_cq(0);
-        if let (Some(sq), Some(cq)) = (self.submission.first_mut(), self.completion.first_mut()) {
-            *sq = Some(SubmissionQueue {
-                size: ADMIN_QUEUE_ENTRIES,
-                tail: 0,
-                outstanding: 0,
-                completion_queue: 0,
-                dirty: false,
-            });
-            *cq = Some(CompletionCursor::new(ADMIN_QUEUE_ENTRIES));
-        }
+        let sq = SubmissionQueue {
+            size: ADMIN_QUEUE_ENTRIES,
+            tail: 0,
+            outstanding: 0,
+            completion_queue: 0,
+            dirty: false,
+        };
+        self.submission.insert(0, sq);
+        let cq = CompletionCursor::new(ADMIN_QUEUE_ENTRIES);
+        self.completion.insert(0, cq);
         self.controller
             .start(cc, self.arena.sq(0), self.arena.cq(0))
     }

@@ -10,6 +10,7 @@ mod complete;
 mod controller;
 mod host_memory;
 mod probe;
+mod segments;
 mod settings;
 mod submit;
 mod tags;
@@ -22,7 +23,7 @@ use std::time::Duration;
 use farbus_fabric::wire::{
     CompleteBatch, Data, FaultCode, Header, Kind, Message, RequestId, Submit, Text, WireError,
 };
-use farbus_fabric::{FabricError, Sink, Span};
+use farbus_fabric::{FabricError, RemoteSpan, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
@@ -33,13 +34,17 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::arena::Arena;
 use self::controller::Controller;
+use self::segments::Segments;
 pub use self::settings::Settings;
 use self::tags::Tags;
 use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
 use super::ring::CompletionCursor;
+use super::slots::Slots;
 use crate::session::Session;
 use crate::shadow::shared_memory;
 
+/// Pieces of memory that one message takes data from, or brings it to.
+const MAX_SPANS: usize = 1024;
 /// Answers that wait for the network before nothing more is received.
 const MAX_OUTBOX: usize = 64;
 
@@ -128,8 +133,8 @@ pub struct DeviceHalf {
     host_memory: Option<DmaWindow>,
     limits: Limits,
     tags: Tags,
-    submission: Vec<Option<SubmissionQueue>>,
-    completion: Vec<Option<CompletionCursor>>,
+    submission: Slots<SubmissionQueue>,
+    completion: Slots<CompletionCursor>,
     controller: Controller,
     vectors: u32,
     /// Completions of commands that were never sent.
@@ -141,6 +146,9 @@ pub struct DeviceHalf {
     outbox: VecDeque<Message>,
     batch: CompleteBatch,
     payload: Vec<Span>,
+    /// Where the payload goes, on a one-sided link.
+    remote: Vec<RemoteSpan>,
+    segments: Segments,
 }
 
 impl DeviceHalf {
@@ -183,7 +191,6 @@ impl DeviceHalf {
             Arena::new(arena_base, MAX_QUEUE_PAIRS, limits.tags).map_err(DeviceError::Memory)?;
         let event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Memory)?);
         let events = vec![Some(event.clone()); vectors as usize];
-        let queues = usize::from(MAX_QUEUE_PAIRS) + 1;
         let mut half = Self {
             controller: Controller::new(function.clone())?,
             description: NvmeDescription {
@@ -199,15 +206,17 @@ impl DeviceHalf {
             host_memory: None,
             limits,
             tags: Tags::new(limits.tags),
-            submission: (0..queues).map(|_| None).collect(),
-            completion: (0..queues).map(|_| None).collect(),
+            submission: Slots::new(MAX_QUEUE_PAIRS + 1),
+            completion: Slots::new(MAX_QUEUE_PAIRS + 1),
             vectors,
             strays: 0,
             event,
             gone: None,
             outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
             batch: CompleteBatch::new(),
-            payload: Vec::with_capacity(1024),
+            payload: Vec::with_capacity(MAX_SPANS),
+            remote: Vec::with_capacity(MAX_SPANS),
+            segments: Segments::new(limits.shadow_len),
             function,
         };
         half.function.map_dma(&half.shadow)?;
@@ -332,10 +341,11 @@ impl DeviceHalf {
     /// The controller has stopped: nothing is at the device any more.
     fn forget_commands(&mut self) {
         self.tags.clear();
-        self.submission.fill_with(|| None);
-        self.completion.fill_with(|| None);
+        self.submission.clear();
+        self.completion.clear();
         self.batch.clear();
         self.payload.clear();
+        self.remote.clear();
     }
 
     fn register_write(&mut self, region: u8, offset: u64, data: &[u8]) {

@@ -90,7 +90,7 @@ impl DeviceHalf {
         let wrong = |what: &str| DeviceError::Controller(what.into());
         sqe.set_cid(self.limits.tags);
         sqe.set_prps(self.arena.own_page().0, 0);
-        let Some(Some(sq)) = self.submission.first_mut() else {
+        let Some(sq) = self.submission.get_mut(0) else {
             return Err(wrong("is not enabled"));
         };
         let arena = &self.arena;
@@ -100,7 +100,7 @@ impl DeviceHalf {
         self.controller.ring(0, false, tail)?;
         let until = Instant::now() + COMMAND_TIMEOUT;
         let cqe = loop {
-            let Some(Some(cursor)) = self.completion.first_mut() else {
+            let Some(cursor) = self.completion.get_mut(0) else {
                 return Err(wrong("is not enabled"));
             };
             let (index, phase) = cursor.at();
@@ -115,7 +115,7 @@ impl DeviceHalf {
             }
             std::thread::sleep(POLL);
         };
-        if let Some(Some(sq)) = self.submission.first_mut() {
+        if let Some(sq) = self.submission.get_mut(0) {
             sq.outstanding = 0;
         }
         let _ = self.event.read();

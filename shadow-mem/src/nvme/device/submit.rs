@@ -80,12 +80,12 @@ impl DeviceHalf {
         for entry in batch.entries() {
             self.place(&entry)?;
         }
-        for id in 0..self.submission.len() {
-            let Some(Some(sq)) = self.submission.get_mut(id) else {
+        for id in 0..self.submission.end() {
+            let Some(sq) = self.submission.get_mut(id) else {
                 continue;
             };
             if std::mem::take(&mut sq.dirty) {
-                if let Err(error) = self.controller.ring(id as u16, false, sq.tail) {
+                if let Err(error) = self.controller.ring(id, false, sq.tail) {
                     let update = self.controller.failed(&error);
                     self.report(update);
                     break;
@@ -143,14 +143,15 @@ impl DeviceHalf {
         if let (Transfer::FromDevice(len), 0) = (declared, queue) {
             self.clear_shadow(placement.shadow_offset, len);
         }
-        let sq = match self.submission.get_mut(usize::from(queue)) {
-            Some(Some(sq)) if sq.outstanding < sq.size - 1 => sq,
+        let sq = match self.submission.get_mut(queue) {
+            Some(sq) if sq.outstanding < sq.size - 1 => sq,
             _ => {
                 return Err(FabricError::violation(format!(
                     "submission queue {queue} does not exist or is full"
                 )));
             }
         };
+        let segments = self.segments.keep(placement, entry.segments.clone())?;
         push(sq, |index| arena.store_sqe(queue, index, &sqe.0));
         self.tags.insert(
             tag,
@@ -159,6 +160,7 @@ impl DeviceHalf {
                 queue,
                 transfer: declared,
                 offset: placement.shadow_offset,
+                segments,
             },
         );
         Ok(())
@@ -168,15 +170,15 @@ impl DeviceHalf {
     fn check_create(&self, sqe: &SubmissionEntry) -> Result<(), FabricError> {
         let (id, size) = (sqe.dword(10) as u16, (sqe.dword(10) >> 16) + 1);
         let taken = match sqe.opcode() {
-            admin::CREATE_CQ => self.completion.get(usize::from(id)).map(Option::is_some),
+            admin::CREATE_CQ => self.completion.get(id).is_some(),
             // On the admin completion queue there is only the admin queue (NVMe 1.4 §5.4).
-            admin::CREATE_SQ if sqe.dword(11) >> 16 == 0 => None,
-            admin::CREATE_SQ => self.submission.get(usize::from(id)).map(Option::is_some),
+            admin::CREATE_SQ if sqe.dword(11) >> 16 == 0 => true,
+            admin::CREATE_SQ => self.submission.get(id).is_some(),
             _ => return Ok(()),
         };
         let possible = (1..=self.description.queue_pairs).contains(&id)
             && (2..=MAX_QUEUE_ENTRIES).contains(&size)
-            && taken == Some(false);
+            && !taken;
         if !possible {
             return Err(FabricError::violation(format!(
                 "queue {id} of {size} entries cannot be created"

@@ -13,6 +13,8 @@ pub(super) struct Command {
     pub(super) transfer: Transfer,
     /// Where its data is in the buffer shadow, in bytes.
     pub(super) offset: u32,
+    /// Pieces of guest memory that its data goes to, on a one-sided link.
+    pub(super) segments: u16,
 }
 
 /// The commands by tag; a tag is the command's identifier at the device.
