@@ -1,23 +1,28 @@
 //! The command line: what it accepts, what it starts, and the exit codes.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use farbus_fabric::FabricError;
 use farbus_fabric::provider::{self, Wanted};
+use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::ExportName;
 use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
-use log::{LevelFilter, error, info};
+use log::{LevelFilter, debug, error, info};
 
-use crate::reconnect::Source;
+use crate::reconnect::{MIN_PAUSE, Source};
 use crate::vfio_user::Endpoint;
+use crate::vhost_user;
+use crate::vhost_user::cli::{PRINT_CAPABILITIES, VhostUserArgs};
+use crate::vhost_user::socket::Socket;
 use crate::worker::Worker;
 
 const EXIT_CODES: &str = "\
@@ -27,6 +32,9 @@ Exit codes:
   2  the command line is wrong
   3  the export cannot be claimed
   4  the socket cannot be offered";
+
+/// How long a device server may take to notice that an agent has died, and to reset its drive.
+const PREDECESSOR: Duration = Duration::from_secs(3);
 
 /// Offers PCIe functions of other hosts to the virtual machines of this one.
 #[derive(Parser)]
@@ -45,6 +53,7 @@ enum Command {
     #[command(after_help = format!("\
 Example:
   farbus-compute-agent attach --from 127.0.0.1:7420 --export disk0 --vfio-user /run/farbus/disk0.sock
+  farbus-compute-agent attach --from 127.0.0.1:7420 --export disk0 --vhost-user-blk /run/farbus/disk0.sock
 
 Prints one line that begins with \"ready\" when a VMM can connect. For QEMU, the guest's
 memory must be shared (memory-backend-memfd with share=on).
@@ -74,8 +83,10 @@ struct AttachArgs {
     export: ExportName,
     /// The UNIX socket to offer the function on, for vfio-user VMMs. Its directory is made if
     /// it does not exist.
-    #[arg(long, value_name = "PATH")]
-    vfio_user: PathBuf,
+    #[arg(long, value_name = "PATH", group = "endpoint", required_unless_present_any = ["vhost_user_blk", "fd"])]
+    vfio_user: Option<PathBuf>,
+    #[command(flatten)]
+    vhost_user: VhostUserArgs,
     /// What carries the data: auto (RDMA if both sides have a device and a path between them, else
     /// TCP), verbs (RDMA or nothing), or tcp.
     #[arg(long, value_name = "PROVIDER", default_value_t)]
@@ -116,6 +127,16 @@ fn poll_parser() -> impl TypedValueParser<Value = Polling> {
 struct Failure(u8, anyhow::Error);
 
 impl Cli {
+    /// Parses the command line of this process. Where it asks what this vhost-user backend can do,
+    /// that is answered, and the rest ignored, as the conventions for backends have it.
+    pub fn from_arguments() -> Result<Self, ExitCode> {
+        if std::env::args_os().any(|argument| argument == PRINT_CAPABILITIES) {
+            println!("{}", vhost_user::cli::capabilities());
+            return Err(ExitCode::SUCCESS);
+        }
+        Ok(Self::parse())
+    }
+
     /// Runs the command to its end.
     pub fn run(self) -> ExitCode {
         let done = match &self.command {
@@ -149,6 +170,13 @@ fn doctor() -> io::Result<()> {
 }
 
 fn attach(args: &AttachArgs) -> Result<(), Failure> {
+    // Before anything is opened that the number could come to mean.
+    let inherited = args.vhost_user.fd.map(|fd| {
+        Socket::inherit(fd)
+            .with_context(|| format!("descriptor {fd} cannot be used as the socket"))
+            .map_err(|error| Failure(4, error))
+    });
+    let inherited = inherited.transpose()?;
     let name = args.export.as_str();
     let mut source = Source {
         address: args.from.clone(),
@@ -161,8 +189,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         allow_tcp_fallback: args.allow_tcp_fallback,
     };
     let deadline = Duration::from_secs(args.connect_timeout);
-    let remote = source
-        .claim(deadline)
+    let remote = claim_at_start(args, &mut source, deadline)
         .map_err(anyhow::Error::new)
         .and_then(|claimed| {
             let function = RemoteFunction::new(format!("{name} of {}", args.from), claimed)?;
@@ -170,12 +197,71 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         })
         .with_context(|| format!("export {name} of {} cannot be claimed", args.from))
         .map_err(|error| Failure(3, error))?;
+    let Some(path) = &args.vfio_user else {
+        return attach_vhost_user(args, inherited, remote, source);
+    };
     let function: Arc<dyn Function> = remote.clone();
-    let endpoint = make_directory(&args.vfio_user)
-        .and_then(|()| Ok(Endpoint::bind(&args.vfio_user, function)?))
-        .with_context(|| format!("the socket {} cannot be offered", args.vfio_user.display()))
+    let endpoint = make_directory(path)
+        .and_then(|()| Ok(Endpoint::bind(path, function)?))
+        .with_context(|| not_offered(path))
         .map_err(|error| Failure(4, error))?;
     serve(args, endpoint, remote, source).map_err(|error| Failure(1, error))
+}
+
+/// Claims the export. A vhost-user endpoint may be started to go on where one was that has just
+/// died, and whose claim the device server is still ending: its VMM waits, so this does, a little.
+fn claim_at_start(
+    args: &AttachArgs,
+    source: &mut Source,
+    deadline: Duration,
+) -> Result<ClaimedLink, FabricError> {
+    let begun = Instant::now();
+    loop {
+        let claimed = source.claim(deadline);
+        match claimed {
+            Err(error)
+                if args.vfio_user.is_none()
+                    && error.should_reconnect()
+                    && begun.elapsed() < PREDECESSOR =>
+            {
+                debug!("not claimed yet: {error}");
+                std::thread::sleep(MIN_PAUSE);
+            }
+            done => return done,
+        }
+    }
+}
+
+fn not_offered(path: &Path) -> String {
+    format!("the socket {} cannot be offered", path.display())
+}
+
+fn attach_vhost_user(
+    args: &AttachArgs,
+    inherited: Option<Socket>,
+    remote: Arc<RemoteFunction>,
+    source: Source,
+) -> Result<(), Failure> {
+    let socket = match (inherited, &args.vhost_user.vhost_user_blk) {
+        (Some(socket), _) => Ok(socket),
+        (None, Some(path)) => make_directory(path)
+            .and_then(|()| Ok(Socket::bind(path)?))
+            .with_context(|| not_offered(path)),
+        (None, None) => Err(anyhow::anyhow!("there is no endpoint to offer")),
+    };
+    let socket = socket.map_err(|error| Failure(4, error))?;
+    let options = args.vhost_user.options();
+    let failed = |error| Failure(1, error);
+    let mut worker =
+        vhost_user::worker::Worker::new(remote, source, options, args.poll).map_err(failed)?;
+    worker
+        .start()
+        .context("the drive cannot be used")
+        .map_err(|error| Failure(3, error))?;
+    announce(args).map_err(|error| failed(error.into()))?;
+    worker.run(socket).map_err(failed)?;
+    info!("ended in order");
+    Ok(())
 }
 
 fn serve(
@@ -191,7 +277,7 @@ fn serve(
     Ok(())
 }
 
-fn make_directory(socket: &std::path::Path) -> anyhow::Result<()> {
+fn make_directory(socket: &Path) -> anyhow::Result<()> {
     match socket.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => std::fs::create_dir_all(parent)
             .with_context(|| format!("the directory {} cannot be made", parent.display())),
@@ -201,13 +287,19 @@ fn make_directory(socket: &std::path::Path) -> anyhow::Result<()> {
 
 fn announce(args: &AttachArgs) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    let (name, path) = (args.export.as_str(), args.vfio_user.display());
+    let name = args.export.as_str();
+    let path = |path: &PathBuf| path.display().to_string();
+    let (kind, place) = match (&args.vfio_user, &args.vhost_user.vhost_user_blk) {
+        (Some(socket), _) => ("vfio-user", path(socket)),
+        (None, Some(socket)) => ("vhost-user-blk", path(socket)),
+        (None, None) => ("fd", args.vhost_user.fd.unwrap_or(-1).to_string()),
+    };
     if args.json {
-        let line =
-            serde_json::json!({"ready": true, "export": name, "vfio_user": path.to_string()});
+        let key = kind.replace('-', "_");
+        let line = serde_json::json!({"ready": true, "export": name, key: place});
         writeln!(out, "{line}")?;
     } else {
-        writeln!(out, "ready export={name} vfio-user={path}")?;
+        writeln!(out, "ready export={name} {kind}={place}")?;
     }
     out.flush()
 }

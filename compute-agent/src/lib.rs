@@ -4,12 +4,15 @@
 //! - [`cli`]: the command line.
 //! - [`worker`]: one attachment's event loop, which joins the endpoint and the link.
 //! - [`reconnect`]: how a lost link is replaced.
-//! - [`vfio_user`]: the endpoint that a VMM connects to.
+//! - [`upkeep`]: what an event loop does to keep its link.
+//! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
 //! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
 #![deny(unsafe_code)]
 
 pub mod cli;
 pub mod guest_memory;
 pub mod reconnect;
+pub mod upkeep;
 pub mod vfio_user;
+pub mod vhost_user;
 pub mod worker;

@@ -4,11 +4,13 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use farbus_compute_agent::cli::Cli;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::from_arguments() {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
     env_logger::Builder::new()
         .filter_level(cli.log_level)
         .format_target(false)

@@ -57,21 +57,38 @@ pub fn attach(address: &str, socket: &Path) -> Result<Daemon> {
 /// # Errors
 /// When it does not become ready.
 pub fn attach_export(address: &str, export: &str, socket: &Path) -> Result<Daemon> {
+    start_agent(address, export, "--vfio-user", socket, &[])
+}
+
+/// As [`attach`], with a vhost-user endpoint that has these further options.
+///
+/// # Errors
+/// When it does not become ready.
+pub fn attach_vhost_user(address: &str, socket: &Path, options: &[&str]) -> Result<Daemon> {
+    start_agent(address, EXPORT, "--vhost-user-blk", socket, options)
+}
+
+fn start_agent(
+    address: &str,
+    export: &str,
+    kind: &str,
+    socket: &Path,
+    options: &[&str],
+) -> Result<Daemon> {
     let socket = socket.display().to_string();
-    Daemon::start(
-        "farbus-compute-agent",
-        &[
-            "--log-level",
-            "debug",
-            "attach",
-            "--from",
-            address,
-            "--export",
-            export,
-            "--vfio-user",
-            &socket,
-        ],
-    )
+    let mut arguments = vec![
+        "--log-level",
+        "debug",
+        "attach",
+        "--from",
+        address,
+        "--export",
+        export,
+        kind,
+        &socket,
+    ];
+    arguments.extend(options);
+    Daemon::start("farbus-compute-agent", &arguments)
 }
 
 /// Both daemons, the drive between them, and where everything is.
@@ -98,6 +115,23 @@ impl AttachedDrive {
         let socket = scratch.join("disk0.sock");
         let server = serve(&format!("path={},{options}", disk.display()))?;
         let agent = attach(&address(&server), &socket)?;
+        Ok(Self {
+            server,
+            agent,
+            disk,
+            socket,
+        })
+    }
+
+    /// As [`Self::start`], with a vhost-user endpoint that has the agent's options `agent`.
+    ///
+    /// # Errors
+    /// When either daemon does not become ready.
+    pub fn start_vhost_user(scratch: &Scratch, options: &str, agent: &[&str]) -> Result<Self> {
+        let disk = scratch.join("disk.img");
+        let socket = scratch.join("disk0.sock");
+        let server = serve(&format!("path={},{options}", disk.display()))?;
+        let agent = attach_vhost_user(&address(&server), &socket, agent)?;
         Ok(Self {
             server,
             agent,

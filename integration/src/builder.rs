@@ -50,6 +50,7 @@ pub struct MachineBuilder {
     arguments: Vec<String>,
     programs: Vec<String>,
     ports: u32,
+    old_qemu: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -76,6 +77,7 @@ impl MachineBuilder {
             arguments: Vec::new(),
             programs: Vec::new(),
             ports: 0,
+            old_qemu: false,
         }
     }
 
@@ -240,6 +242,36 @@ impl MachineBuilder {
             }))
     }
 
+    /// Runs Debian 12's QEMU, 7.2, which has no vfio-user.
+    #[must_use]
+    pub fn old_qemu(mut self) -> Self {
+        self.old_qemu = true;
+        self
+    }
+
+    /// Adds a socket that QEMU connects to, and connects to again when the other side has gone.
+    #[must_use]
+    pub fn vhost_user_socket(self, id: &str, socket: &Path) -> Self {
+        // Seconds were all there was before 9.2.
+        let again = if self.old_qemu {
+            "reconnect=1"
+        } else {
+            "reconnect-ms=20"
+        };
+        let chardev = format!("socket,id={id},path={},{again}", socket.display());
+        self.argument("-chardev").argument(&chardev)
+    }
+
+    /// Adds a block device that a vhost-user backend implements, on a root port of its own. The
+    /// backend must already listen.
+    #[must_use]
+    pub fn vhost_user_blk(self, id: &str, socket: &Path, queues: u16) -> Self {
+        let (port, chardev) = (format!("rp-{id}"), format!("socket-{id}"));
+        self.vhost_user_socket(&chardev, socket)
+            .root_port(&port, &Value::Null)
+            .device(&vhost_user_device(id, &port, &chardev, queues))
+    }
+
     /// Starts QEMU and connects to its ports.
     ///
     /// # Errors
@@ -254,7 +286,12 @@ impl MachineBuilder {
         let stderr = scratch.join("qemu.log");
         let log = File::create(&stderr).context(|| "creating qemu.log".into())?;
         let log_too = log.try_clone().context(|| "duplicating qemu.log".into())?;
-        let mut command = tools.qemu()?.command();
+        let qemu = if self.old_qemu {
+            tools.old_qemu()?
+        } else {
+            tools.qemu()?
+        };
+        let mut command = qemu.command();
         self.compose(&mut command, tools, &scratch)?;
         std::fs::write(scratch.join("command"), describe(&command))
             .context(|| "recording QEMU's command line".into())?;
@@ -358,6 +395,18 @@ impl MachineBuilder {
         command.args(&self.arguments);
         Ok(())
     }
+}
+
+/// A block device that a vhost-user backend implements, behind a socket that QEMU has.
+#[must_use]
+pub fn vhost_user_device(id: &str, bus: &str, chardev: &str, queues: u16) -> Value {
+    json!({
+        "driver": "vhost-user-blk-pci",
+        "id": id,
+        "bus": bus,
+        "chardev": chardev,
+        "num-queues": queues,
+    })
 }
 
 /// The arguments that put firmware into the machine's flash.

@@ -3,6 +3,7 @@
 //! All of it comes from Debian packages and is kept in the [`cache`](crate::cache); once it is
 //! there, no network is needed.
 
+pub mod clients;
 pub mod cpio;
 pub mod firmware;
 pub mod image;
@@ -15,16 +16,19 @@ pub mod programs;
 pub mod qemu;
 pub mod sources;
 pub mod tree;
+pub mod uml;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use self::clients::BlockClients;
 use self::firmware::Firmware;
 use self::initramfs::Userland;
 use self::kernel::{Kernel, KernelFiles};
 use self::packages::{TRIXIE, with_apt};
 use self::qemu::Qemu;
 use self::tree::Tree;
+use self::uml::UserModeLinux;
 use crate::cache::Cache;
 use crate::error::Result;
 
@@ -51,6 +55,7 @@ pub struct Tools {
     cache: Cache,
     tree: Tree,
     qemu: OnceLock<Qemu>,
+    old_qemu: OnceLock<Qemu>,
 }
 
 impl Tools {
@@ -70,6 +75,7 @@ impl Tools {
             cache,
             tree: Tree::at(entry),
             qemu: OnceLock::new(),
+            old_qemu: OnceLock::new(),
         })
     }
 
@@ -83,6 +89,18 @@ impl Tools {
         }
         let qemu = Qemu::obtain(&self.cache)?;
         Ok(self.qemu.get_or_init(|| qemu))
+    }
+
+    /// Debian 12's QEMU, 7.2, for what has to work with it.
+    ///
+    /// # Errors
+    /// When it is neither cached nor reachable.
+    pub fn old_qemu(&self) -> Result<&Qemu> {
+        if let Some(qemu) = self.old_qemu.get() {
+            return Ok(qemu);
+        }
+        let qemu = Qemu::of_debian_12(&self.cache)?;
+        Ok(self.old_qemu.get_or_init(|| qemu))
     }
 
     /// A guest kernel.
@@ -115,6 +133,9 @@ impl Tools {
     /// When something is neither cached nor reachable.
     pub fn prepare(&self, kernels: &[Kernel], userlands: &[Userland]) -> Result<bool> {
         self.qemu()?;
+        self.old_qemu()?;
+        BlockClients::obtain()?;
+        UserModeLinux::obtain()?;
         for kernel in kernels {
             let files = self.kernel(*kernel)?;
             for userland in userlands {

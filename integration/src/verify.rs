@@ -125,6 +125,10 @@ fn interrupts_per_queue(guest: &Guest, device: &str) -> Result<Vec<u64>> {
         .lines()
         .filter(|line| {
             let queue = line.rsplit(' ').next().unwrap_or_default();
+            if !is_nvme(device) {
+                // The guest's only virtio device, or the first one, is the drive.
+                return queue.starts_with("virtio0-req.");
+            }
             queue
                 .strip_prefix(name)
                 .and_then(|q| q.strip_prefix('q'))
@@ -145,10 +149,15 @@ fn interrupts_per_queue(guest: &Guest, device: &str) -> Result<Vec<u64>> {
 /// # Errors
 /// When data outside the range changes, zeroes are not zero, or a command fails.
 pub fn flush_trim_zeroes(guest: &Guest, device: &str) -> Result<()> {
+    let flush = if is_nvme(device) {
+        format!("nvme flush {device} &&")
+    } else {
+        String::new()
+    };
     guest.check(&format!(
         "dd if=/dev/urandom of=/tmp/before bs=1M count=8 status=none && \
          dd if=/tmp/before of={device} bs=1M oflag=direct conv=fsync status=none && \
-         nvme flush {device} && cmp -n 8388608 /tmp/before {device}"
+         {flush} cmp -n 8388608 /tmp/before {device}"
     ))?;
 
     // 1 MiB at 2 MiB is zeroed, 1 MiB at 5 MiB is trimmed; everything around them stays.
@@ -169,21 +178,9 @@ pub fn flush_trim_zeroes(guest: &Guest, device: &str) -> Result<()> {
         part(2, 1)
     ))?;
 
-    // A trimmed block reads as zeroes or as before (NVMe base, Dataset Management): with "zeroes"
-    // promised in DLFEAT, as zeroes.
-    let namespace = json_of(guest, &format!("nvme id-ns {device} -o json"))?;
-    if namespace["dlfeat"].as_u64().unwrap_or(0) & 7 == 1 {
-        guest.check(&format!(
-            "{} if={device} >/tmp/b && cmp -n 1048576 /tmp/b /dev/zero",
-            part(5, 1)
-        ))?;
+    if is_nvme(device) {
+        raw_trims(guest, device)?;
     }
-
-    // The same commands, sent as they are, for a single block and at the device's end.
-    guest.check(&format!(
-        "nvme write-zeroes {device} --start-block=7 --block-count=0 && \
-         nvme dsm {device} --ad --slbs=64,128 --blocks=8,8"
-    ))?;
 
     guest.check(&format!(
         "mkfs.ext4 -q -F -E nodiscard {device} && mount {device} /mnt && \
@@ -191,6 +188,26 @@ pub fn flush_trim_zeroes(guest: &Guest, device: &str) -> Result<()> {
          sha256sum /mnt/f >/tmp/sum && dd if=/dev/zero of=/mnt/g bs=1M count=8 conv=fsync status=none && \
          rm /mnt/g && sync && fstrim -v /mnt && echo 3 >/proc/sys/vm/drop_caches && \
          sha256sum -c /tmp/sum && umount /mnt && e2fsck -f -n {device}"
+    ))?;
+    Ok(())
+}
+
+/// What the kernel's block layer does not show of a trim.
+fn raw_trims(guest: &Guest, device: &str) -> Result<()> {
+    // A trimmed block reads as zeroes or as before (NVMe base, Dataset Management): with "zeroes"
+    // promised in DLFEAT, as zeroes.
+    let namespace = json_of(guest, &format!("nvme id-ns {device} -o json"))?;
+    if namespace["dlfeat"].as_u64().unwrap_or(0) & 7 == 1 {
+        guest.check(&format!(
+            "dd bs=1M status=none iflag=fullblock skip=5 count=1 if={device} >/tmp/b && \
+             cmp -n 1048576 /tmp/b /dev/zero"
+        ))?;
+    }
+
+    // The same commands, sent as they are, for a single block and at the device's end.
+    guest.check(&format!(
+        "nvme write-zeroes {device} --start-block=7 --block-count=0 && \
+         nvme dsm {device} --ad --slbs=64,128 --blocks=8,8"
     ))?;
     Ok(())
 }
@@ -267,6 +284,11 @@ pub fn identity(guest: &Guest, device: &str) -> Result<Identity> {
         block_size,
         size,
     })
+}
+
+/// Whether a block device is a namespace of an NVMe controller.
+fn is_nvme(device: &str) -> bool {
+    device.starts_with("/dev/nvme")
 }
 
 /// The controller's character device of a namespace: `/dev/nvme0` of `/dev/nvme0n1`.

@@ -96,6 +96,27 @@ impl GuestMemory {
         peer: Option<u32>,
     ) -> Result<Prepared, MapError> {
         let MapRequest {
+            iova, size, file, ..
+        } = &request;
+        let misaligned = |what, at: u64| {
+            let (size, crooked) = (*size, at % PAGE != 0 || size % PAGE != 0);
+            crooked.then_some(MapError::Misaligned { what, at, size })
+        };
+        last_byte(*iova, *size)?;
+        let offset = file.as_ref().map_or(0, |(_, offset)| *offset);
+        match misaligned("window", iova.0).or(misaligned("range of the file", offset)) {
+            Some(error) => Err(error),
+            None => self.prepare_unaligned(request, peer),
+        }
+    }
+
+    /// As [`Self::prepare`], for a window that may begin and end anywhere.
+    pub fn prepare_unaligned(
+        &mut self,
+        request: MapRequest,
+        peer: Option<u32>,
+    ) -> Result<Prepared, MapError> {
+        let MapRequest {
             iova,
             size,
             access,
@@ -105,13 +126,6 @@ impl GuestMemory {
         // With the very last byte taken, lengths from 0 on would no longer fit in 64 bits.
         if last == u64::MAX {
             return Err(MapError::BadRange { iova, size });
-        }
-        if iova.0 % PAGE != 0 || size % PAGE != 0 {
-            return Err(MapError::Misaligned {
-                what: "window",
-                at: iova.0,
-                size,
-            });
         }
         if let Some((start, window)) = self.windows.range(..=last).next_back() {
             if window.last >= iova.0 {
@@ -129,13 +143,6 @@ impl GuestMemory {
                 window: None,
             });
         };
-        if offset % PAGE != 0 {
-            return Err(MapError::Misaligned {
-                what: "range of the file",
-                at: offset,
-                size,
-            });
-        }
         let writable = access == DmaAccess::ReadWrite;
         let (id, memory) = self.files.find_or_map(fd, offset, size, writable, peer)?;
         let window = DmaWindow {

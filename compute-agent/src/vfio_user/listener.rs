@@ -70,7 +70,7 @@ pub enum EndpointError {
 
 /// A listening socket and its file, which goes when this does.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(crate) struct Listener {
     socket: OwnedFd,
     path: PathBuf,
     /// Device and inode of the file that we made; one that a successor put in its place is
@@ -80,7 +80,7 @@ pub(super) struct Listener {
 
 impl Listener {
     /// Listens at `path`. The file of a server that is no more is replaced.
-    pub(super) fn bind(path: &Path) -> Result<Self, EndpointError> {
+    pub(crate) fn bind(path: &Path) -> Result<Self, EndpointError> {
         let shown = || path.display().to_string();
         let len = path.as_os_str().as_bytes().len();
         if !(1..=MAX_PATH).contains(&len) {
@@ -114,12 +114,12 @@ impl Listener {
         Ok(listener)
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// The next client, if one waits. Its socket is non-blocking.
-    pub(super) fn accept(&self) -> Result<Option<UnixStream>, Errno> {
+    pub(crate) fn accept(&self) -> Result<Option<UnixStream>, Errno> {
         match accept_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
             Ok(fd) => Ok(Some(fd.into())),
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
@@ -128,7 +128,7 @@ impl Listener {
     }
 
     /// Removes the file, so that nobody connects any more.
-    pub(super) fn unlink(&mut self) {
+    pub(crate) fn unlink(&mut self) {
         let Some(ours) = self.file.take() else { return };
         let now = lstat(&self.path)
             .ok()

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 
 /// The process that connected (`SO_PEERCRED`, unix(7)); `None` when it is not visible from
 /// here, such as in another pid namespace.
-pub(super) fn pid_of(stream: &UnixStream) -> Option<u32> {
+pub(crate) fn pid_of(stream: &UnixStream) -> Option<u32> {
     let mut credentials = libc::ucred {
         pid: 0,
         uid: 0,

@@ -22,6 +22,7 @@ fn main() -> std::io::Result<()> {
         ("nvme_guest", guest_scripts()),
         ("nvme_device", device_scripts()),
         ("config_space", config()),
+        ("vhost_user_request", chains()),
     ] {
         let folder = root.join(target);
         fs::create_dir_all(&folder)?;
@@ -327,5 +328,60 @@ fn device_scripts() -> Vec<Seed> {
         ),
         ("gone", [plain, queues, reads, gone].concat()),
         ("ask", [plain, ask, identify, any].concat()),
+    ]
+}
+
+/// Chains of a virtio block device: the head, then memory with the descriptor table at its
+/// beginning and headers at 0x100.
+fn chains() -> Vec<Seed> {
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const INDIRECT: u16 = 4;
+    let descriptor = |address: u64, len: u32, flags: u16, next: u16| {
+        let ends = [flags.to_le_bytes(), next.to_le_bytes()].concat();
+        [&address.to_le_bytes()[..], &len.to_le_bytes(), &ends].concat()
+    };
+    let header =
+        |kind: u32, sector: u64| [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+    let image = |table: &[Vec<u8>], header: &[u8]| {
+        let mut bytes = vec![0];
+        bytes.extend(table.concat());
+        bytes.resize(1 + 0x100, 0);
+        bytes.extend(header);
+        bytes
+    };
+    let plain = [
+        descriptor(0x100, 16, NEXT, 1),
+        descriptor(0x1000, 4096, NEXT | WRITE, 2),
+        descriptor(0x1_0000, 0x2000, NEXT | WRITE, 3),
+        descriptor(0x120, 1, WRITE, 0),
+    ];
+    let odd = [
+        descriptor(0x100, 5, NEXT, 1),
+        descriptor(0x105, 11 + 300, NEXT, 2),
+        descriptor(0x1001, 724, NEXT, 3),
+        descriptor(0x120, 1, WRITE, 0),
+    ];
+    let mut indirect = vec![descriptor(0x80, 48, INDIRECT, 0)];
+    indirect.extend((1..8).map(|_| vec![0; 16]));
+    indirect.extend([
+        descriptor(0x100, 16, NEXT, 1),
+        descriptor(0x2200, 1024, NEXT | WRITE, 2),
+        descriptor(0x120, 1, WRITE, 0),
+    ]);
+    let ranges = [
+        descriptor(0x100, 16, NEXT, 1),
+        descriptor(0x200, 32, NEXT, 2),
+        descriptor(0x120, 1, WRITE, 0),
+    ];
+    vec![
+        ("read", image(&plain, &header(0, 3))),
+        ("write_in_odd_pieces", image(&odd, &header(1, 3))),
+        ("indirect", image(&indirect, &header(0, 0))),
+        ("discard", image(&ranges, &header(11, 0))),
+        (
+            "loop",
+            image(&[descriptor(0x100, 16, NEXT, 0)], &header(0, 0)),
+        ),
     ]
 }

@@ -1,12 +1,12 @@
-//! A QEMU that has `vfio-user-pci` (10.1 or newer).
+//! A QEMU that has `vfio-user-pci` (10.1 or newer), or Debian 12's.
 //!
 //! `$FARBUS_QEMU` if set, the system's if it is new enough, else Debian's newest, unpacked into a
-//! tree and run there by the tree's own loader.
+//! tree and run there by the tree's own loader. Debian 12's is always one from a tree.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::packages::{TRIXIE_BACKPORTS, with_apt};
+use super::packages::{BOOKWORM, Suite, TRIXIE_BACKPORTS, with_apt};
 use super::tree::Tree;
 use crate::cache::Cache;
 use crate::error::Result;
@@ -16,6 +16,11 @@ use crate::process::{mortal_command, run_tool};
 pub const QEMU_ENV: &str = "FARBUS_QEMU";
 
 const PACKAGES: [&str; 1] = ["qemu-system-x86"];
+
+/// What the machines of the test bed are for.
+const NEW_DEVICE: &str = "vfio-user-pci";
+/// What Debian 12's is there for.
+const OLD_DEVICE: &str = "vhost-user-blk-pci";
 
 /// A usable QEMU.
 #[derive(Debug, Clone)]
@@ -35,14 +40,26 @@ impl Qemu {
     pub fn obtain(cache: &Cache) -> Result<Self> {
         let named = std::env::var_os(QEMU_ENV).map(PathBuf::from);
         let candidate = named.clone().unwrap_or_else(|| "qemu-system-x86_64".into());
-        match Self::probe(&candidate, Vec::new(), None) {
+        match Self::probe(&candidate, Vec::new(), None, NEW_DEVICE) {
             Ok(Some(usable)) => return Ok(usable),
             Err(e) if named.is_some() => return Err(e),
             _ => {}
         }
-        let recipe = format!("{TRIXIE_BACKPORTS:?} {PACKAGES:?} v1");
-        let entry = cache.entry("qemu", &recipe, |dir| {
-            with_apt(cache, &TRIXIE_BACKPORTS, |apt| {
+        Self::unpack(cache, "qemu", &TRIXIE_BACKPORTS, NEW_DEVICE)
+    }
+
+    /// Finds or fetches Debian 12's, 7.2.
+    ///
+    /// # Errors
+    /// When it cannot be fetched.
+    pub fn of_debian_12(cache: &Cache) -> Result<Self> {
+        Self::unpack(cache, "qemu-debian-12", &BOOKWORM, OLD_DEVICE)
+    }
+
+    fn unpack(cache: &Cache, name: &str, suite: &'static Suite, device: &str) -> Result<Self> {
+        let recipe = format!("{suite:?} {PACKAGES:?} v1");
+        let entry = cache.entry(name, &recipe, |dir| {
+            with_apt(cache, suite, |apt| {
                 apt.unpack_with_dependencies(&PACKAGES, dir)
             })
         })?;
@@ -51,9 +68,10 @@ impl Qemu {
         for data in ["usr/share/qemu", "usr/share/seabios"] {
             prefix.extend(["-L".to_owned(), tree.file(data)?.display().to_string()]);
         }
-        let modules = tree.file("usr/lib/x86_64-linux-gnu/qemu")?;
-        Self::probe(&loader, prefix, Some(modules))?.ok_or_else(|| crate::error::Error::Missing {
-            what: "vfio-user-pci in QEMU's list of devices".into(),
+        // Where nothing is a module there is no directory of them.
+        let modules = tree.file("usr/lib/x86_64-linux-gnu/qemu").ok();
+        Self::probe(&loader, prefix, modules, device)?.ok_or_else(|| crate::error::Error::Missing {
+            what: format!("{device} in QEMU's list of devices"),
             place: tree.root().to_owned(),
         })
     }
@@ -84,6 +102,7 @@ impl Qemu {
         program: &Path,
         prefix: Vec<String>,
         modules: Option<PathBuf>,
+        device: &str,
     ) -> Result<Option<Self>> {
         let mut qemu = Self {
             program: program.to_owned(),
@@ -99,7 +118,7 @@ impl Qemu {
         };
         let devices = run(&["-device", "help"])?;
         let version = run(&["--version"])?;
-        if !devices.contains("\"vfio-user-pci\"") {
+        if !devices.contains(&format!("\"{device}\"")) {
             return Ok(None);
         }
         qemu.version = version.lines().next().unwrap_or_default().to_owned();

@@ -11,6 +11,9 @@ use crate::process::run_tool;
 
 const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+/// Where Debian 12's packages have some libraries, and the loader.
+const OLD_LIBRARIES: &str = "lib/x86_64-linux-gnu";
+const OLD_LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 /// Subdirectories of [`LIBRARIES`] that programs reach by an absolute RUNPATH, which would lead
 /// into the host's directory of that name.
 const PRIVATE_LIBRARIES: [&str; 1] = ["ceph"];
@@ -62,7 +65,11 @@ impl Tree {
             self.library_path(),
             program.display().to_string(),
         ];
-        Ok((self.file(LOADER)?, args))
+        Ok((self.loader()?, args))
+    }
+
+    fn loader(&self) -> Result<PathBuf> {
+        self.file(OLD_LOADER).or_else(|_| self.file(LOADER))
     }
 
     /// A command that runs the program at `path` of the tree.
@@ -118,11 +125,11 @@ impl Tree {
     fn library_path(&self) -> String {
         let libraries = self.root.join(LIBRARIES);
         let mut path = libraries.display().to_string();
-        for private in PRIVATE_LIBRARIES {
-            let private = libraries.join(private);
-            if private.is_dir() {
+        let private = PRIVATE_LIBRARIES.map(|name| libraries.join(name));
+        for more in private.into_iter().chain([self.root.join(OLD_LIBRARIES)]) {
+            if more.is_dir() {
                 path.push(':');
-                path.push_str(&private.display().to_string());
+                path.push_str(&more.display().to_string());
             }
         }
         path
