@@ -208,8 +208,9 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
     serve(args, endpoint, remote, source).map_err(|error| Failure(1, error))
 }
 
-/// Claims the export. A vhost-user endpoint may be started to go on where one was that has just
-/// died, and whose claim the device server is still ending: its VMM waits, so this does, a little.
+/// Claims the export. The device server may still be ending the claim of who had it before, so this
+/// waits a little for an export that is busy. A vhost-user endpoint may be started to go on where
+/// one was that has just died: its VMM waits, so this does so for other reasons, too.
 fn claim_at_start(
     args: &AttachArgs,
     source: &mut Source,
@@ -220,8 +221,7 @@ fn claim_at_start(
         let claimed = source.claim(deadline);
         match claimed {
             Err(error)
-                if args.vfio_user.is_none()
-                    && error.should_reconnect()
+                if (error.is_busy() || args.vfio_user.is_none() && error.should_reconnect())
                     && begun.elapsed() < PREDECESSOR =>
             {
                 debug!("not claimed yet: {error}");

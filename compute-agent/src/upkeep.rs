@@ -91,7 +91,7 @@ impl Upkeep {
         let lost = self.remote.take_lost();
         if let Some(lost) = &lost {
             warn!(
-                "the link to {} is lost ({}); the guest's requests wait for a new one",
+                "the link to {} is lost ({}); what the guest has asked for waits for a new one",
                 self.source.address, lost.error
             );
             // A link that dies as soon as it is there would come and go without end.

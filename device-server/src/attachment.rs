@@ -64,7 +64,10 @@ pub struct Attachment {
 
 impl Attachment {
     /// From the two ends that it joins, and how to wait for either.
-    pub fn new(half: DeviceHalf, session: Session, polling: Polling) -> Self {
+    pub fn new(mut half: DeviceHalf, session: Session, polling: Polling) -> Self {
+        if polling == Polling::Always {
+            half.look_at_queues();
+        }
         let now = Instant::now();
         Self {
             half,

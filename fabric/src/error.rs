@@ -130,6 +130,12 @@ impl FabricError {
         FabricError::Violation { what: what.into() }
     }
 
+    /// Whether a claim was refused because somebody else has the export, or had it just now.
+    pub fn is_busy(&self) -> bool {
+        let busy = RefusalCode::Busy;
+        matches!(self, FabricError::Refused { code, .. } if *code == busy)
+    }
+
     /// Whether a new connection to the same peer may succeed where this one failed.
     ///
     /// True for what a network, a restart or another claimant can cause and time can heal.

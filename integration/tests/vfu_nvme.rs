@@ -124,6 +124,25 @@ fn an_agents_endpoint_is_driven() -> TestResult {
 }
 
 #[test]
+fn daemons_that_never_sleep_and_daemons_that_never_look_carry_the_same() -> TestResult {
+    for poll in ["always", "never"] {
+        let scratch = Scratch::new(poll)?;
+        let socket = scratch.join("disk0.sock").display().to_string();
+        let export = ["export", "--soft-nvme", DRIVE, "--name", EXPORT];
+        let options = ["--listen", "127.0.0.1:0", "--poll", poll];
+        let server = Daemon::start("farbus-device-server", &[&export[..], &options].concat())?;
+        let address = attached::address(&server);
+        let attach = ["attach", "--from", &address, "--export", EXPORT];
+        let options = ["--vfio-user", &socket, "--poll", poll];
+        let agent = Daemon::start("farbus-compute-agent", &[&attach[..], &options].concat())?;
+        exercise(&["--vfio-user", &socket]);
+        agent.terminate()?;
+        server.terminate()?;
+    }
+    Ok(())
+}
+
+#[test]
 fn several_targets_are_measured_together() -> TestResult {
     let targets = ["--soft-nvme", DRIVE, "--soft-nvme", DRIVE];
     let measured = json("bench", &targets, &["--seconds", "0.2", "--warmup", "0.1"]);

@@ -13,6 +13,9 @@ use crate::{FabricError, Sink, Span};
 /// land here several times.
 const SCRATCH_LEN: usize = 64 * 1024;
 
+/// Spans for which room is set aside.
+const MAX_SPANS: usize = 1024;
+
 /// The payload that is arriving.
 pub(super) struct Landing {
     /// Where it lands. Those before `next` are full; that at `next` is cut down to the rest.
@@ -29,7 +32,8 @@ impl Landing {
             source: std::io::Error::other(error),
         })?;
         Ok(Landing {
-            spans: Vec::new(),
+            // As many as one call takes; what a batch has beyond that, it brings again.
+            spans: Vec::with_capacity(MAX_SPANS),
             next: 0,
             left: 0,
             scratch: Arc::new(scratch),

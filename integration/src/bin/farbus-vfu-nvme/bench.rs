@@ -130,7 +130,8 @@ fn drive(
     let mut lanes = Vec::new();
     let mut loads = Vec::new();
     for n in 0..args.queues {
-        lanes.push(Lane::open(&mut driver, n + 1, args.iodepth, len)?);
+        let lane = Lane::open(&mut driver, n + 1, args.iodepth, len, !args.poll)?;
+        lanes.push(lane);
         loads.push(Workload::new(
             args.rw,
             args.rwmixread,

@@ -40,19 +40,22 @@ fn entries(depth: u16) -> u16 {
 }
 
 impl Lane {
-    /// Creates queue pair `queue`, for `depth` commands of `len` bytes each.
+    /// Creates queue pair `queue`, for `depth` commands of `len` bytes each. Who looks for
+    /// completions all the time wants no interrupts.
     pub(crate) fn open(
         driver: &mut Driver,
         queue: u16,
         depth: u16,
         len: usize,
+        interrupts: bool,
     ) -> anyhow::Result<Self> {
         let vectors = driver.function().info().interrupts.msix.max(1);
         let vector = u32::from(queue) % vectors;
         let most = (driver.read64(reg::CAP)? & cap::MQES_MASK) + 1;
         // A depth that the controller does not have is its own to refuse.
         let entries = entries(depth).min((most as u16).max(depth + 1));
-        driver.create_queue_pair(queue, entries, Some(vector as u16))?;
+        let vector = interrupts.then_some(vector as u16);
+        driver.create_queue_pair(queue, entries, vector)?;
         let slots = (0..depth)
             .map(|_| {
                 let buffer = driver.memory().allocate(len)?;

@@ -23,6 +23,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// How long a peer may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a device server may take to end a claim, and how often it is asked.
+const PREDECESSOR: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(20);
 /// How often a link is asked for a sign of life.
 const TICK_NS: u64 = 1_000_000_000;
 
@@ -80,7 +83,16 @@ impl Target {
                     ..Options::default()
                 };
                 let label = "farbus-vfu-nvme";
-                let claimed = client::claim_by(address, export, label, PATIENCE, &options)?;
+                // Who had the export before may have ended just now.
+                let begun = Instant::now();
+                let claimed = loop {
+                    match client::claim_by(address, export, label, PATIENCE, &options) {
+                        Err(error) if error.is_busy() && begun.elapsed() < PREDECESSOR => {
+                            std::thread::sleep(PAUSE);
+                        }
+                        done => break done?,
+                    }
+                };
                 info!("claimed {spec} over {}", claimed.provider);
                 let linked = Arc::new(Linked::new(RemoteFunction::new(spec.to_string(), claimed)?));
                 Self {

@@ -66,7 +66,7 @@ fn verify(spec: &TargetSpec, args: &VerifyArgs) -> anyhow::Result<u64> {
         "--size must be between --bs and the namespace's {all} bytes"
     );
     driver.request_queues(1)?;
-    let lane = Lane::open(&mut driver, 1, args.iodepth, len)?;
+    let lane = Lane::open(&mut driver, 1, args.iodepth, len, true)?;
     let waiter = Waiter::new(&driver, std::slice::from_ref(&lane), target.link.clone())?;
     let per_command = args.bs / u64::from(shape.block_size);
     // Whole commands only; what is left over at the end is not looked at.

@@ -63,7 +63,7 @@ impl CompletionQueue {
             base,
             ring: CompletionRing::new(size),
             vector,
-            held: VecDeque::new(),
+            held: VecDeque::with_capacity(size as usize),
         }
     }
 

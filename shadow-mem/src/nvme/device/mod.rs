@@ -140,6 +140,8 @@ pub struct DeviceHalf {
     /// Completions of commands that were never sent.
     strays: u64,
     event: Arc<EventFd>,
+    /// See [`Self::look_at_queues`].
+    is_looked_at: bool,
     /// Why the function cannot be used any more, once it is known to be gone.
     gone: Option<String>,
     /// Answers and updates to be sent: see [`Self::is_backlogged`].
@@ -211,6 +213,7 @@ impl DeviceHalf {
             vectors,
             strays: 0,
             event,
+            is_looked_at: false,
             gone: None,
             outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
             batch: CompleteBatch::new(),
@@ -234,6 +237,12 @@ impl DeviceHalf {
     /// The controller as the guest will see it.
     pub fn description(&self) -> &NvmeDescription {
         &self.description
+    }
+
+    /// The caller never sleeps, but calls [`Self::pump`] all the time: I/O queues that are made
+    /// from now on have no interrupts, which would only get in its way.
+    pub fn look_at_queues(&mut self) {
+        self.is_looked_at = true;
     }
 
     /// The buffer shadow, as the device sees it.

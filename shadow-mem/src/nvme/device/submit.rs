@@ -194,9 +194,10 @@ impl DeviceHalf {
             admin::CREATE_CQ => {
                 self.arena.clear_cq(id);
                 sqe.set_prps(self.arena.cq(id).0, 0);
-                // Always with interrupts: this half waits for them even if the guest polls.
+                // Whatever the guest says: it is this half that waits for them, or not.
                 let vector = (sqe.dword(11) >> 16).min(self.vectors - 1);
-                sqe.set_dword(11, vector << 16 | 0b11);
+                let interrupts = if self.is_looked_at { 0b01 } else { 0b11 };
+                sqe.set_dword(11, vector << 16 | interrupts);
             }
             admin::CREATE_SQ => {
                 sqe.set_prps(self.arena.sq(id).0, 0);

@@ -1,7 +1,6 @@
 //! Runs `farbus-vfu-nvme bench`, the load, and reads what it reports.
 
 use std::path::Path;
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -56,14 +55,6 @@ impl From<&Plan> for Extent {
     }
 }
 
-const RETRIES: u32 = 40;
-const RETRY_AFTER: Duration = Duration::from_millis(50);
-
-/// Another load has the export.
-fn is_busy(error: &anyhow::Error) -> bool {
-    format!("{error:#}").contains("refused (busy)")
-}
-
 /// Runs the load, and adds what the `watched` processes used.
 pub(crate) fn measure(
     target: &Target<'_>,
@@ -72,19 +63,8 @@ pub(crate) fn measure(
     watched: &[Watched],
     plan: &Plan,
 ) -> Result<Figures> {
-    // Where a load has just ended, its server may not have noticed yet.
-    let mut patience = RETRIES;
-    let (meter, report) = loop {
-        let meter = Meter::start(watched, plan.warmup, plan.time);
-        match run(target, workload, polled, plan.into()) {
-            Ok(report) => break (meter, report),
-            Err(error) if patience > 0 && is_busy(&error) => {
-                patience -= 1;
-                thread::sleep(RETRY_AFTER);
-            }
-            Err(error) => return Err(error),
-        }
-    };
+    let meter = Meter::start(watched, plan.warmup, plan.time);
+    let report = run(target, workload, polled, plan.into())?;
     let mut figures = figures(&report, workload);
     meter.stop(&mut figures)?;
     Ok(figures)
