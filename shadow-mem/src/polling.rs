@@ -18,6 +18,9 @@ const MAX_WINDOW: Duration = Duration::from_micros(100);
 const FIRST_WINDOW: Duration = Duration::from_micros(25);
 /// Looks between two yields, which cost about as much as a look.
 const LOOKS_PER_YIELD: u32 = 8;
+/// What comes before this is looked for without a yield. Who yields may be put aside for some
+/// milliseconds even if there is nobody but a task of the idle class.
+const YIELD_AFTER: Duration = Duration::from_micros(40);
 /// A yield that takes so long has run somebody else.
 const LATE: Duration = Duration::from_micros(10);
 /// For how long looking is left alone after somebody else needed the core: at first, and at
@@ -105,12 +108,13 @@ impl Waiter {
         }
         let now = Instant::now();
         let since = *self.since.get_or_insert(now);
-        if self.polling == Polling::Adaptive && now.duration_since(since) >= self.window {
+        let looked = now.duration_since(since);
+        if self.polling == Polling::Adaptive && looked >= self.window {
             self.since = None;
             return false;
         }
         self.looks = self.looks.wrapping_add(1);
-        if self.looks % LOOKS_PER_YIELD == 0 {
+        if self.looks % LOOKS_PER_YIELD == 0 && looked >= YIELD_AFTER {
             let before = Instant::now();
             yield_now();
             if before.elapsed() > LATE {
