@@ -128,7 +128,7 @@ const BUDGETS: &[Budget] = &[
         value: |results, state| throughput(results, state, BIG_READ, RECEIVED),
         states: BOTH,
         bound: AtLeast(0.9),
-        claim: Met,
+        claim: NotMetYet,
     },
     Budget {
         name: "128k write x8, endpoint",
@@ -136,7 +136,7 @@ const BUDGETS: &[Budget] = &[
         value: |results, state| throughput(results, state, BIG_WRITE, SENT),
         states: BOTH,
         bound: AtLeast(0.9),
-        claim: Met,
+        claim: NotMetYet,
     },
     Budget {
         name: "8 attachments against 1, 4k read x32",
@@ -170,7 +170,7 @@ const BUDGETS: &[Budget] = &[
         },
         states: BOTH,
         bound: AtMost(1.1),
-        claim: Met,
+        claim: NotMetYet,
     },
 ];
 
