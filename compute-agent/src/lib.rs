@@ -1,6 +1,7 @@
 //! The compute server's side of Farbus: it offers functions that sit elsewhere to the VMMs
 //! of this host.
 //!
+//! - [`api`]: the JSON of the REST interface.
 //! - [`cli`]: the command line.
 //! - [`worker`]: one attachment's event loop, which joins the endpoint and the link.
 //! - [`reconnect`]: how a lost link is replaced.
@@ -9,6 +10,7 @@
 //! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
 #![deny(unsafe_code)]
 
+pub mod api;
 pub mod cli;
 pub mod guest_memory;
 pub mod reconnect;

@@ -183,7 +183,8 @@ impl Granted {
     ) -> Result<(Box<dyn Link>, Choice), FabricError> {
         let (mut prepared, mut why) = (None, "as the compute agent asked".to_owned());
         let mut asked = receive(&mut self.session.channel, "the peer's next request")?;
-        if let (Message::RdmaOffer(peer), ProtocolVersion::V2) = (&asked, self.session.version) {
+        let may_offer = self.session.version >= ProtocolVersion::V2;
+        if let (Message::RdmaOffer(peer), true) = (&asked, may_offer) {
             match self.answer(*peer, options)? {
                 Ok(joined) => prepared = Some(joined),
                 Err(obstacle) => why = obstacle,

@@ -12,12 +12,14 @@ pub enum ProtocolVersion {
     /// Adds the choice of RDMA after a claim, and keys of memory: `RdmaOffer`, `RdmaAnswer`,
     /// `RdmaChoice` and `RdmaKeys`.
     V2 = 2,
+    /// Adds what pools and shared drives need; see docs/protocol.md.
+    V3 = 3,
 }
 
 /// The oldest version that this code speaks.
 pub const OLDEST: ProtocolVersion = ProtocolVersion::V1;
 /// The newest version that this code speaks.
-pub const NEWEST: ProtocolVersion = ProtocolVersion::V2;
+pub const NEWEST: ProtocolVersion = ProtocolVersion::V3;
 
 impl ProtocolVersion {
     /// The version with this number, if this code speaks it.
@@ -25,6 +27,7 @@ impl ProtocolVersion {
         match number {
             1 => Some(ProtocolVersion::V1),
             2 => Some(ProtocolVersion::V2),
+            3 => Some(ProtocolVersion::V3),
             _ => None,
         }
     }
@@ -52,12 +55,12 @@ mod tests {
     fn newest_common_version_is_chosen() {
         assert_eq!(negotiate(1, 1), Some(ProtocolVersion::V1));
         assert_eq!(negotiate(1, 2), Some(ProtocolVersion::V2));
-        assert_eq!(negotiate(0, u16::MAX), Some(ProtocolVersion::V2));
+        assert_eq!(negotiate(0, u16::MAX), Some(ProtocolVersion::V3));
     }
 
     #[test]
     fn ranges_that_do_not_meet_have_no_version() {
-        assert_eq!(negotiate(3, 9), None);
+        assert_eq!(negotiate(4, 9), None);
         assert_eq!(negotiate(0, 0), None);
         assert_eq!(negotiate(5, 1), None);
     }

@@ -78,7 +78,7 @@ fn a_claim_yields_what_the_server_grants_and_a_link_of_that_epoch() {
     let server = thread::spawn(move || {
         let incoming = Incoming::handshake(listener.accept().unwrap().0, "server", LONG).unwrap();
         assert_eq!(incoming.peer().as_str(), "agent");
-        assert_eq!(incoming.version(), ProtocolVersion::V2);
+        assert_eq!(incoming.version(), ProtocolVersion::V3);
         let Request::Claim(request) = incoming.next_request().unwrap();
         assert_eq!(request.export(), &export());
         let granted = request.grant(EPOCH, 1 << 20, 64).unwrap();
@@ -92,7 +92,7 @@ fn a_claim_yields_what_the_server_grants_and_a_link_of_that_epoch() {
     assert_eq!((claimed.shadow_len, claimed.tags), (1 << 20, 64));
     assert_eq!(claimed.description, description());
     assert_eq!(claimed.peer.as_str(), "server");
-    assert_eq!(claimed.version, ProtocolVersion::V2);
+    assert_eq!(claimed.version, ProtocolVersion::V3);
 
     let mut sink = Recorder::new(0x1000, 0x1000);
     send_message(&mut *claimed.link, &Message::Ping { nonce: 1 }).unwrap();
@@ -183,12 +183,12 @@ fn hello(oldest: u16, newest: u16) -> Vec<u8> {
 
 #[test]
 fn a_peer_of_another_version_is_told_so() {
-    let (error, answer) = answer_to(&hello(3, 9));
+    let (error, answer) = answer_to(&hello(4, 9));
     assert_eq!(refusal_in(&answer), RefusalCode::Version);
     assert_eq!(
         error.to_string(),
-        "the peer broke the protocol: the compute side speaks versions 3 to 9, \
-         the device side 1 to 2"
+        "the peer broke the protocol: the compute side speaks versions 4 to 9, \
+         the device side 1 to 3"
     );
 }
 

@@ -1,0 +1,6 @@
+//! What the REST interfaces of both daemons share.
+//!
+//! - [`problem`]: errors as clients get them.
+#![forbid(unsafe_code)]
+
+pub mod problem;
