@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use farbus_fabric::wire::{Epoch, ExportName};
+use farbus_fabric::wire::{Epoch, ExportName, Label, Listed, ListedState, Text};
 use farbus_shadow_mem::nvme::device::Settings;
 use farbus_vfio::{Function, Notice};
 use log::{info, warn};
@@ -141,6 +141,29 @@ impl Export {
                 holder: holder.clone(),
                 epoch: inner.last_epoch,
             },
+        }
+    }
+
+    /// What peers are told of it.
+    fn listed(&self) -> Listed {
+        let (state, holder, why) = match self.state() {
+            State::Ready => (ListedState::Free, String::new(), String::new()),
+            State::Claimed { holder, .. } => (ListedState::Claimed, holder, String::new()),
+            State::Failed { why } => (ListedState::Failed, String::new(), why),
+        };
+        Listed {
+            name: self.name.clone(),
+            class: 0,
+            vendor: 0,
+            device: 0,
+            model: Label::default(),
+            serial: Label::default(),
+            capacity: None,
+            block_size: None,
+            numa_node: None,
+            state,
+            holder: Text::truncated(&holder),
+            why: Text::truncated(&why),
         }
     }
 
@@ -360,6 +383,18 @@ impl Exports {
     pub fn names(&self) -> Vec<String> {
         let names = self.0.iter().map(|export| export.name().as_str());
         names.map(Into::into).collect()
+    }
+
+    /// What peers are told that ask: the exports whose names come after `after`, in that order.
+    pub fn list(&self, after: Option<&ExportName>) -> Vec<Listed> {
+        let mut listed: Vec<Listed> = self
+            .0
+            .iter()
+            .filter(|export| after.is_none_or(|after| export.name() > after))
+            .map(|export| export.listed())
+            .collect();
+        listed.sort_by(|a, b| a.name.cmp(&b.name));
+        listed
     }
 
     /// Lets go of all functions, for good. The threads that close them are returned.

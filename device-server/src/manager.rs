@@ -37,6 +37,10 @@ const ENDING_STEP: Duration = Duration::from_millis(5);
 /// Connections at a time, claimed or not. More are closed at once.
 const MAX_CONNECTIONS: usize = 256;
 
+/// Questions of one connection for what there is: the answers to so many name more exports than
+/// a host can have.
+const MAX_QUESTIONS: u32 = 2048;
+
 const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
 /// Where the ids of the exports' notices begin.
@@ -198,7 +202,9 @@ fn serve(
 ) -> Result<(), FabricError> {
     let label = concat!("farbus-device-server ", env!("CARGO_PKG_VERSION"));
     let incoming = Incoming::handshake(stream, label, SETUP_DEADLINE)?;
-    let Request::Claim(request) = incoming.next_request()?;
+    let Some(request) = answer_until_claim(incoming, exports)? else {
+        return Ok(());
+    };
     let claimant = format!("{} at {peer}", request.peer());
     let name = request.export().as_str().to_owned();
     let refused = |level, reason: &str| {
@@ -233,6 +239,30 @@ fn serve(
         refused: &refused,
     };
     attach(request, &claim, function, &peer, common)
+}
+
+/// Tells the peer what there is as often as it asks, until it claims. A peer that only wanted to
+/// know closes the connection, which is no error.
+fn answer_until_claim(
+    mut incoming: Incoming,
+    exports: &Exports,
+) -> Result<Option<ClaimRequest>, FabricError> {
+    for asked in 0..MAX_QUESTIONS {
+        let request = match incoming.next_request() {
+            Err(FabricError::Closed) if asked > 0 => return Ok(None),
+            request => request?,
+        };
+        match request {
+            Request::Claim(request) => return Ok(Some(request)),
+            Request::List(request) => {
+                let listed = exports.list(request.after());
+                incoming = request.answer(listed)?;
+            }
+        }
+    }
+    let text = format!("asked {MAX_QUESTIONS} times what there is; connect again");
+    incoming.refuse(RefusalCode::Malformed, &text)?;
+    Err(FabricError::violation(text))
 }
 
 /// What all attachments have in common.
