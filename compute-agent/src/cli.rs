@@ -18,6 +18,7 @@ use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
 use log::{LevelFilter, debug, error, info};
 
+use crate::api::Msix;
 use crate::reconnect::{MIN_PAUSE, Source};
 use crate::vfio_user::Endpoint;
 use crate::vhost_user;
@@ -85,6 +86,11 @@ struct AttachArgs {
     /// it does not exist.
     #[arg(long, value_name = "PATH", group = "endpoint", required_unless_present_any = ["vhost_user_blk", "fd"])]
     vfio_user: Option<PathBuf>,
+    /// With --vfio-user, who keeps the MSI-X table: this agent (mediated) or the VMM (irqfd). auto is
+    /// mediated towards QEMU, which otherwise aborts when the device is unplugged, by a guest too, and
+    /// irqfd towards others.
+    #[arg(long, value_enum, value_name = "WHO", default_value_t = Msix::Auto, requires = "vfio_user")]
+    msix: Msix,
     #[command(flatten)]
     vhost_user: VhostUserArgs,
     /// What carries the data: auto (RDMA if both sides have a device and a path between them, else
@@ -202,7 +208,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
     };
     let function: Arc<dyn Function> = remote.clone();
     let endpoint = make_directory(path)
-        .and_then(|()| Ok(Endpoint::bind(path, function)?))
+        .and_then(|()| Ok(Endpoint::bind(path, function)?.with_msix(args.msix)))
         .with_context(|| not_offered(path))
         .map_err(|error| Failure(4, error))?;
     serve(args, endpoint, remote, source).map_err(|error| Failure(1, error))

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::inbox::Inbox;
 use super::outbox::Outbox;
 use super::session::{Progress, Session};
+use crate::api::Msix;
 
 /// How many writes or messages are handled before the session is interrupted.
 const BUDGET: u32 = 4;
@@ -26,7 +27,13 @@ pub fn fuzz_session(bytes: &[u8]) {
     let Ok(event) = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC) else {
         return;
     };
-    let mut session = Session::new(Arc::new(Inert::new()), "fuzz", None, Arc::new(event));
+    let mut session = Session::new(
+        Arc::new(Inert::new()),
+        "fuzz",
+        None,
+        Msix::Mediated,
+        Arc::new(event),
+    );
     let mut inbox = Inbox::new();
     let mut outbox = Outbox::new();
     for piece in stream.chunks(usize::from(*piece) + 1) {
