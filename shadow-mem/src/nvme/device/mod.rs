@@ -142,6 +142,7 @@ pub struct DeviceHalf {
     vectors: u32,
     /// Completions of commands that were never sent.
     strays: u64,
+    commands: u64,
     event: Arc<EventFd>,
     /// See [`Self::look_at_queues`].
     is_looked_at: bool,
@@ -216,6 +217,7 @@ impl DeviceHalf {
             completion: Slots::new(MAX_QUEUE_PAIRS + 1),
             vectors,
             strays: 0,
+            commands: 0,
             event,
             is_looked_at: false,
             gone: None,
@@ -236,6 +238,11 @@ impl DeviceHalf {
     /// What was set in the controller before its first tenant.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Commands that were given to the device so far.
+    pub fn commands(&self) -> u64 {
+        self.commands
     }
 
     /// Which drive it is.
