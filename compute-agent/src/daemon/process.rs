@@ -3,6 +3,7 @@
 //! command line, and belong to a process group of their own, which no terminal's interrupt reaches.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -40,6 +41,8 @@ pub struct Launcher {
     pub log_level: LevelFilter,
     /// How its log lines look.
     pub log_format: farbus_rest::logging::LogFormat,
+    /// Where it hands over what outlives it.
+    pub custody: Option<PathBuf>,
     /// How long it may take to claim its export, in seconds.
     pub connect_timeout: u64,
 }
@@ -181,6 +184,11 @@ impl Launcher {
             .args(["attach", "--json", "--id", id.as_str()])
             .args(["--from", &device.address, "--export", &device.export])
             .args(["--connect-timeout", &self.connect_timeout.to_string()])
+            .args(
+                self.custody
+                    .iter()
+                    .flat_map(|path| [OsStr::new("--custody"), path.as_os_str()]),
+            )
             .args(arguments(spec))
             .arg(option(&spec.endpoint))
             .arg(socket)

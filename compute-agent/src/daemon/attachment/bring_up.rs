@@ -41,6 +41,8 @@ impl Owner {
                     Err(reason) => return self.fail(reason).await,
                 },
             };
+            // What a worker of another device may have left.
+            self.context.custody.begin_anew(&self.record.id);
             match self.launch(&device).await {
                 Launched::Ready => break,
                 Launched::Unwanted => return self.enter(Phase::Detaching { force: true }).await,
