@@ -22,6 +22,7 @@
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
 //! - [`vfio`] makes machines that lend their devices, and binds these.
 //! - [`rdma`] makes machines with soft RoCE.
+//! - [`service`] runs the agent as a service, and asks it.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
 //! - [`counting`] tells who allocates.
 //! - [`counts`] counts what programs do: system calls, instructions.
@@ -49,6 +50,7 @@ pub mod qmp;
 pub mod rdma;
 pub mod report;
 pub mod scratch;
+pub mod service;
 mod terminal;
 pub mod tools;
 pub mod verify;
