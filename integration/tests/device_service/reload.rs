@@ -34,7 +34,7 @@ fn a_removed_export_that_is_claimed_goes_with_its_claim() {
     let tenant = Tenant::start(&service, "a");
 
     service.configure(&memory("b"));
-    service.server.signal(Kill::Hup).unwrap();
+    service.server.signal(Kill::HangUp).unwrap();
     let retired = service.await_export("a", |export| export["state"] == "draining");
     assert!(
         retired["why"].as_str().unwrap().contains("taken out"),
@@ -96,7 +96,7 @@ fn a_broken_file_changes_nothing_and_says_why() {
         (422, &"/problems/invalid-configuration".into())
     );
     let detail = problem["detail"].as_str().unwrap();
-    for word in ["config.toml:6:", "1GB", "such as \"1GiB\""] {
+    for word in ["config.toml:7:", "1GB", "such as \"1GiB\""] {
         assert!(detail.contains(word), "{detail}");
     }
     service.server.check_running().unwrap();
