@@ -146,7 +146,7 @@ fn place_of(info: &Value, name: &str) -> Place {
             _ => Place::Other("disk of another kind".to_owned()),
         };
     }
-    if ["devices", "net", "fs", "pmem", "vdpa", "vsock"]
+    if ["devices", "net", "fs", "generic_vhost_user", "pmem", "vdpa"]
         .iter()
         .any(|list| listed(list).is_some())
     {

@@ -73,9 +73,10 @@ impl Qmp {
         };
         let soon = until.at_most(GREETING);
         let greeting = match qmp.message("waiting for its greeting", soon) {
-            Err(HotplugError::Timeout { socket, after, .. }) => {
+            Err(HotplugError::Timeout { socket, after, .. }) if qmp.unread.is_empty() => {
                 return Err(HotplugError::Busy { socket, after });
             }
+            Err(HotplugError::Timeout { .. }) => return Err(qmp.not_qmp(&qmp.unread)),
             greeting => greeting?,
         };
         if !greeting.get("QMP").is_some_and(Value::is_object) {
