@@ -91,6 +91,14 @@ fn guest_that_says_nothing_keeps_the_device() {
 }
 
 #[test]
+fn guest_is_asked_once_even_without_any_time() {
+    let (peer, heard) = with_device(|_| vec![done()]);
+    let forced = unplug(&peer.as_qemu(), "d0", Duration::ZERO, true).unwrap();
+    assert_eq!(forced, Unplugged::Abandoned);
+    assert!(heard.try_iter().any(|said| said.starts_with("device_del")));
+}
+
+#[test]
 fn request_of_somebody_else_is_waited_for() {
     let (peer, _) = with_device(|_| {
         let reason = "Device farbus-d0 is already in the process of unplug";
