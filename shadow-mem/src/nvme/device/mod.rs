@@ -279,6 +279,7 @@ impl DeviceHalf {
     /// network.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
         self.send_outbox(session)?;
+        self.function.service();
         self.send_completions(session)?;
         // The device may have turned out to be gone meanwhile.
         self.send_outbox(session)
