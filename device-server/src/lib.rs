@@ -13,4 +13,5 @@ pub mod doctor;
 pub mod exports;
 pub mod manager;
 mod refusals;
+pub mod slices;
 pub mod sources;

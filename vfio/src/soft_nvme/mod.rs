@@ -56,7 +56,9 @@ pub(crate) use identify::{descriptors, namespace_list};
 pub(crate) use identity::Identity;
 pub use identity::{DEVICE, VENDOR};
 pub use open::BackingError;
-pub use options::{DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, Medium, OptionError, SoftNvmeConfig};
+pub use options::{
+    DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, Medium, OptionError, SoftNvmeConfig, parse_size,
+};
 pub(crate) use prp::{LIST_ENTRIES, walk};
 
 use crate::config::{BarKind, ConfigEffect, ConfigImage, ConfigSpace, MsixLayout, PowerState};

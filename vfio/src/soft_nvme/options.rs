@@ -218,7 +218,7 @@ fn is_serial(text: &str) -> bool {
 }
 
 /// A number of bytes, more than none, from text such as `1GiB`.
-fn parse_size(text: &str) -> Option<u64> {
+pub fn parse_size(text: &str) -> Option<u64> {
     let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
     let (digits, shift) = units
         .iter()
