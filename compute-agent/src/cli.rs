@@ -60,7 +60,7 @@ Prints one line that begins with \"ready\" when a VMM can connect. For QEMU, the
 memory must be shared (memory-backend-memfd with share=on).
 
 {EXIT_CODES}"))]
-    Attach(AttachArgs),
+    Attach(Box<AttachArgs>),
     /// Says whether this host can use RDMA, and what helps where it cannot.
     #[command(after_help = "\
 Example:
