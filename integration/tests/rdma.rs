@@ -1,86 +1,16 @@
 //! RDMA over soft RoCE, in machines: the provider by itself, then drives that are used over it.
 
-use std::path::Path;
-
 use farbus_integration::deadline::Deadline;
-use farbus_integration::guest::{Guest, Job};
-use farbus_integration::machine::Machine;
-use farbus_integration::rdma;
+use farbus_integration::guest::Guest;
+use farbus_integration::rdma::{
+    self, DRIVE, LOOPBACK, PROGRAMS, SOCKET, attach, check, one_machine, serve, two_machines,
+};
 use farbus_integration::report::{Failure, TestResult};
 use farbus_integration::scratch::Scratch;
 use farbus_integration::tools::Tools;
 use farbus_integration::tools::kernel::Kernel;
 use farbus_integration::vfio;
 use serde_json::Value;
-
-const LOOPBACK: &str = "127.0.0.1";
-const PROGRAMS: [&str; 4] = [
-    "farbus-verbs-check",
-    "farbus-device-server",
-    "farbus-compute-agent",
-    "farbus-vfu-nvme",
-];
-const SOCKET: &str = "/run/disk0.sock";
-/// A drive in memory, so that what is measured is the way to it.
-const DRIVE: &str = "--soft-nvme backing=memory,size=64MiB --name disk0";
-
-fn one_machine(kernel: Kernel) -> Result<(Machine, Guest), Failure> {
-    let builder = rdma::machine("rdma", kernel);
-    let builder = PROGRAMS.iter().fold(builder, |b, name| b.program(name));
-    let machine = builder.start(&Tools::open()?)?;
-    let guest = machine.wait_guest(Deadline::secs(90))?;
-    rdma::on_loopback(&guest)?;
-    Ok((machine, guest))
-}
-
-/// Two machines on a network of their own.
-fn two_machines(dir: &Path, kernel: Kernel) -> Result<[(Machine, Guest); 2], Failure> {
-    let tools = Tools::open()?;
-    let start = |end: usize| {
-        let builder = rdma::machine(["lends", "uses"][end], kernel);
-        let builder = PROGRAMS.iter().fold(builder, |b, name| b.program(name));
-        rdma::networked(builder, dir, end).start(&tools)
-    };
-    let machines = [start(0)?, start(1)?];
-    let mut both = Vec::new();
-    for (end, machine) in machines.into_iter().enumerate() {
-        let guest = machine.wait_guest(Deadline::secs(120))?;
-        rdma::on_network(&guest, end)?;
-        both.push((machine, guest));
-    }
-    both.try_into().map_err(|_| "not two machines".into())
-}
-
-/// Starts a daemon and waits until it is ready, or has ended.
-fn start(guest: &Guest, command: &str, log: &str) -> Result<Job, Failure> {
-    let job = guest.spawn(&format!(
-        "{command} >{log} 2>&1; status=$?; echo ended $status >>{log}; exit $status"
-    ))?;
-    guest.check(&format!(
-        "until grep -q -e ^ready -e ^ended {log}; do sleep 0.05; done; grep ^ready {log} || {{ cat {log}; false; }}"
-    ))?;
-    Ok(job)
-}
-
-fn serve(guest: &Guest, address: &str, options: &str) -> Result<Job, Failure> {
-    let command =
-        format!("farbus-device-server export {options} --listen {address}:7420 --insecure");
-    start(guest, &command, "/tmp/server.log")
-}
-
-fn attach(guest: &Guest, address: &str, options: &str) -> Result<Job, Failure> {
-    let command = format!(
-        "farbus-compute-agent attach --from {address}:7420 --export disk0 --vfio-user {SOCKET} {options}"
-    );
-    start(guest, &command, "/tmp/agent.log")
-}
-
-/// Runs a command that must succeed; its output is also the test's.
-fn check(guest: &Guest, command: &str) -> Result<String, Failure> {
-    let said = guest.check_within(command, Deadline::secs(240))?;
-    println!("$ {command}\n{said}");
-    Ok(said)
-}
 
 fn assert_has(text: &str, what: &str) {
     assert!(text.contains(what), "{what:?} is not in:\n{text}");
@@ -332,27 +262,5 @@ fn wait_for_more(guest: &Guest, what: &str, log: &str) -> TestResult {
     guest.check(&format!(
         "touch {seen}; until [ $(grep -c '{what}' {log}) -gt $(wc -l <{seen}) ]; do sleep 0.05; done; echo >>{seen}"
     ))?;
-    Ok(())
-}
-
-/// The way through our protocol against what the device takes for the same bytes.
-#[test]
-fn latency_table() -> TestResult {
-    let (machine, guest) = one_machine(Kernel::Rdma6_1)?;
-    let _server = serve(&guest, LOOPBACK, DRIVE)?;
-    check(&guest, &format!("farbus-verbs-check bare {LOOPBACK} 3000"))?;
-    let own = "farbus-vfu-nvme bench --soft-nvme backing=memory,size=64MiB --poll --seconds 2";
-    check(&guest, own)?;
-    for provider in ["verbs", "tcp"] {
-        for more in ["--poll", ""] {
-            check(
-                &guest,
-                &format!(
-                    "farbus-vfu-nvme bench --from {LOOPBACK}:7420 --export disk0 --provider {provider} --seconds 3 --warmup 2 {more}"
-                ),
-            )?;
-        }
-    }
-    machine.quit()?;
     Ok(())
 }

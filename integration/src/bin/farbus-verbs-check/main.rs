@@ -21,6 +21,7 @@ usage: farbus-verbs-check frames ADDRESS      payloads land, messages come in or
        farbus-verbs-check killed ADDRESS      a peer is killed; how soon that is known
        farbus-verbs-check cut ADDRESS COMMAND runs a shell command that cuts the network; the same
        farbus-verbs-check bare ADDRESS COUNT  round trips of bare writes with immediate data, polled
+       farbus-verbs-check stream ADDRESS MS   throughput of bare writes of several sizes, each for a time
        farbus-verbs-check serve ADDRESS       the other side of killed and cut
 
 ADDRESS is an IP address of this machine that an RDMA device has.
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         ["killed", address] => loss::killed(address),
         ["cut", address, command] => loss::cut(address, command),
         ["bare", address, count] => bare::measure(address, count),
+        ["stream", address, milliseconds] => bare::stream(address, milliseconds),
         ["serve", address] => loss::serve(address),
         _ => {
             eprintln!("{USAGE}");
