@@ -264,3 +264,65 @@ fn wait_for_more(guest: &Guest, what: &str, log: &str) -> TestResult {
     ))?;
     Ok(())
 }
+
+/// A device server that is frozen, replaced under its name, and wakes up with commands in its ring.
+#[test]
+fn device_server_that_was_fenced_off_cannot_write_guest_memory() -> TestResult {
+    let (machine, guest) = one_machine(Kernel::Rdma6_12)?;
+    let [old, new] = ["10.9.0.1", "10.9.0.2"];
+    // A new RDMA device has all addresses that the loopback has by then.
+    guest.check(&format!(
+        "ip addr add {old}/32 dev lo && ip addr add {new}/32 dev lo && rdma link del rxe0 && \
+         echo 'hosts: files' >/etc/nsswitch.conf && echo {old} lender >/etc/hosts"
+    ))?;
+    rdma::on_loopback(&guest)?;
+    let _old = serve(&guest, old, DRIVE)?;
+    let pid = guest.check("pidof farbus-device-server")?;
+    guest.check("mv /tmp/server.log /tmp/old-server.log")?;
+    let _new = serve(&guest, new, DRIVE)?;
+    let _agent = attach(&guest, "lender", "--provider verbs")?;
+    let replace = format!("echo {new} lender >/etc/hosts");
+    check(
+        &guest,
+        &format!(
+            "farbus-verbs-check stale-reads {SOCKET} {} '{replace}'",
+            pid.trim()
+        ),
+    )?;
+    let log = check(&guest, "cat /tmp/agent.log")?;
+    assert_has(&log, "is rebuilt");
+    assert!(!log.contains("over TCP"), "{log}");
+    // It has found out by itself, and is ready for a next claim.
+    check(
+        &guest,
+        "until grep -q -e 'released by' -e 'is lost' /tmp/old-server.log; do sleep 0.1; done; cat /tmp/old-server.log",
+    )?;
+    machine.quit()?;
+    Ok(())
+}
+
+/// An agent that is frozen until its claim is another's, and wakes up with writes to do.
+#[test]
+fn agent_that_was_fenced_off_cannot_write_the_next_claims_shadow() -> TestResult {
+    let (machine, guest) = one_machine(Kernel::Rdma6_12)?;
+    let _server = serve(&guest, LOOPBACK, DRIVE)?;
+    let _agent = attach(&guest, LOOPBACK, "--provider verbs")?;
+    let pid = guest.check("pidof farbus-compute-agent")?;
+    // The export is busy until the device server misses the frozen one.
+    let other = "/run/other.sock";
+    let replace = format!(
+        "(until farbus-compute-agent attach --from {LOOPBACK}:7420 --export disk0 --vfio-user {other} \
+         --provider verbs >/tmp/other.log 2>&1; do sleep 0.5; done) & \
+         until grep -q ^ready /tmp/other.log; do sleep 0.1; done"
+    );
+    check(
+        &guest,
+        &format!(
+            "farbus-verbs-check stale-writes {SOCKET} {} '{replace}' {other}",
+            pid.trim()
+        ),
+    )?;
+    check(&guest, "cat /tmp/agent.log /tmp/server.log")?;
+    machine.quit()?;
+    Ok(())
+}
