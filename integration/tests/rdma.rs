@@ -265,6 +265,44 @@ fn wait_for_more(guest: &Guest, what: &str, log: &str) -> TestResult {
     Ok(())
 }
 
+/// The network card under the RDMA device is unplugged, and plugged in again; then the RDMA device alone is
+/// taken away, while the network stays.
+#[test]
+fn removed_devices_are_a_pause_until_they_are_back() -> TestResult {
+    let scratch = Scratch::new("net")?;
+    let [(lends, lender), (uses, user)] = two_machines(scratch.path(), Kernel::Rdma6_12)?;
+    let address = rdma::address(0);
+    let _server = serve(&lender, &address, DRIVE)?;
+    let _agent = attach(&user, &address, "--provider auto")?;
+    let verify = format!("farbus-vfu-nvme verify --vfio-user {SOCKET} --size 4MiB --bs 8k");
+    let job = user.spawn(&verify)?;
+    let gone = "until ! [ -e /sys/class/infiniband/rxe0 ]; do sleep 0.05; done";
+
+    user.check("sleep 1; echo 1 >/sys/class/net/eth0/device/../remove")?;
+    wait_for_more(&user, "is lost", "/tmp/agent.log")?;
+    user.check(gone)?;
+    user.check(
+        "echo 1 >/sys/bus/pci/rescan; until [ -e /sys/class/net/eth0 ]; do sleep 0.05; done",
+    )?;
+    rdma::on_network(&user, 1)?;
+    wait_for_more(&user, "is rebuilt", "/tmp/agent.log")?;
+
+    // Soft RoCE is removed when nobody uses it: its users let go of it as their port goes down.
+    user.check(&format!("sleep 1; {DOWN}"))?;
+    wait_for_more(&user, "is lost", "/tmp/agent.log")?;
+    user.check(&format!("rdma link del rxe0; {gone}; {UP}"))?;
+    wait_for_more(&user, "this host has no RDMA device", "/tmp/agent.log")?;
+    user.check("rdma link add rxe0 type rxe netdev eth0")?;
+    wait_for_more(&user, "is rebuilt", "/tmp/agent.log")?;
+
+    println!("{}", job.check(Deadline::secs(240))?);
+    let log = check(&user, "cat /tmp/agent.log")?;
+    assert!(!log.contains("over TCP"), "{log}");
+    uses.quit()?;
+    lends.quit()?;
+    Ok(())
+}
+
 /// A device server that is frozen, replaced under its name, and wakes up with commands in its ring.
 #[test]
 fn device_server_that_was_fenced_off_cannot_write_guest_memory() -> TestResult {

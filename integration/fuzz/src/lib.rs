@@ -4,6 +4,7 @@
 //! | module | whose bytes | what must hold |
 //! |---|---|---|
 //! | [`fabric`] | a peer's stream | what decodes encodes to the same bytes; TCP delivers just that |
+//! | [`ring`] | a peer over RDMA | its messages lie within the ring and not over each other |
 //! | [`config`] | a peer's configuration space, a VMM's accesses | it keeps its promises to the guest |
 //! | [`guest`] | a guest, with a real device half behind it | the halves agree, nothing is lost |
 //! | [`device`] | a peer and a device, around the device half | no DMA leaves the claim's memory |
@@ -23,3 +24,4 @@ pub mod guest;
 pub mod input;
 pub mod link;
 pub mod nvme;
+pub mod ring;

@@ -5,8 +5,8 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use vm_memory::VolatileMemory;
 
 use super::super::raw::{Completion, Region};
-use super::super::ring::{Arrived, Incoming, Outgoing, PREFIX, Prefix};
 use super::{COMPLETIONS, DEVICE, LOOKS_PER_WAIT, MAX_FRAME, VerbsLink};
+use crate::ring::{Arrived, Incoming, Outgoing, PREFIX, Prefix};
 use crate::wire::{HEADER_LEN, Header, Kind, Message};
 use crate::{FabricError, Received, Sink, Span};
 
