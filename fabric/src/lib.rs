@@ -4,6 +4,7 @@
 //! * [`link`] is the seam between the protocol and a provider: ordered messages, each with a
 //!   small control part and a payload that lands directly in registered memory.
 //! * [`tcp`] is the provider for an ordinary network; `verbs` (a feature) is the one for RDMA.
+//! * [`ring`] is how much one side may put into the memory in which the other gets its messages over RDMA.
 //! * [`provider`] is the choice between them.
 //! * [`session`] takes a new connection to the point where it is claimed.
 //!
@@ -15,6 +16,7 @@
 pub mod error;
 pub mod link;
 pub mod provider;
+pub mod ring;
 pub mod session;
 pub mod tcp;
 #[cfg(feature = "verbs")]

@@ -5,10 +5,27 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::builder::MachineBuilder;
-use crate::error::Result;
-use crate::guest::Guest;
+use crate::deadline::Deadline;
+use crate::error::{Error, Result};
+use crate::guest::{Guest, Job};
+use crate::machine::Machine;
+use crate::tools::Tools;
 use crate::tools::initramfs::Userland;
 use crate::tools::kernel::Kernel;
+
+/// The address of a machine that is alone.
+pub const LOOPBACK: &str = "127.0.0.1";
+/// What runs in the machines.
+pub const PROGRAMS: [&str; 4] = [
+    "farbus-verbs-check",
+    "farbus-device-server",
+    "farbus-compute-agent",
+    "farbus-vfu-nvme",
+];
+/// Where [`attach`] has its endpoint.
+pub const SOCKET: &str = "/run/disk0.sock";
+/// A drive in memory, so that what is measured is the way to it.
+pub const DRIVE: &str = "--soft-nvme backing=memory,size=64MiB --name disk0";
 
 /// A machine whose kernel has soft RoCE. Its two CPUs let both sides of a connection look for
 /// completions.
@@ -74,4 +91,83 @@ fn wait_active(guest: &Guest) -> Result<()> {
     guest
         .check("until grep -q ACTIVE /sys/class/infiniband/rxe0/ports/1/state; do sleep 0.05; done")
         .map(drop)
+}
+
+/// One machine with all programs and an RDMA device on its loopback.
+///
+/// # Errors
+/// When the machine does not start, or its kernel or tools refuse.
+pub fn one_machine(kernel: Kernel) -> Result<(Machine, Guest)> {
+    let machine = with_programs(machine("rdma", kernel)).start(&Tools::open()?)?;
+    let guest = machine.wait_guest(Deadline::secs(90))?;
+    on_loopback(&guest)?;
+    Ok((machine, guest))
+}
+
+/// Two machines on a network of their own, whose sockets are in `dir`.
+///
+/// # Errors
+/// As [`one_machine`].
+pub fn two_machines(dir: &Path, kernel: Kernel) -> Result<[(Machine, Guest); 2]> {
+    let tools = Tools::open()?;
+    let start = |name: &str, end: usize| {
+        networked(with_programs(machine(name, kernel)), dir, end).start(&tools)
+    };
+    // Both boot at the same time.
+    let (lends, uses) = (start("lends", 0)?, start("uses", 1)?);
+    let up = |machine: Machine, end: usize| {
+        let guest = machine.wait_guest(Deadline::secs(120))?;
+        on_network(&guest, end)?;
+        Ok::<_, Error>((machine, guest))
+    };
+    Ok([up(lends, 0)?, up(uses, 1)?])
+}
+
+fn with_programs(builder: MachineBuilder) -> MachineBuilder {
+    PROGRAMS.iter().fold(builder, |b, name| b.program(name))
+}
+
+/// Starts a daemon and waits until it is ready.
+///
+/// # Errors
+/// When it ends instead; the error has its log.
+pub fn start(guest: &Guest, command: &str, log: &str) -> Result<Job> {
+    let job = guest.spawn(&format!(
+        "{command} >{log} 2>&1; status=$?; echo ended $status >>{log}; exit $status"
+    ))?;
+    guest.check(&format!(
+        "until grep -q -e ^ready -e ^ended {log}; do sleep 0.05; done; grep ^ready {log} || {{ cat {log}; false; }}"
+    ))?;
+    Ok(job)
+}
+
+/// Starts a device server. Its log is `/tmp/server.log`.
+///
+/// # Errors
+/// As [`start`].
+pub fn serve(guest: &Guest, address: &str, options: &str) -> Result<Job> {
+    let command =
+        format!("farbus-device-server export {options} --listen {address}:7420 --insecure");
+    start(guest, &command, "/tmp/server.log")
+}
+
+/// Starts a compute agent, which offers `disk0` at [`SOCKET`]. Its log is `/tmp/agent.log`.
+///
+/// # Errors
+/// As [`start`].
+pub fn attach(guest: &Guest, address: &str, options: &str) -> Result<Job> {
+    let command = format!(
+        "farbus-compute-agent attach --from {address}:7420 --export disk0 --vfio-user {SOCKET} {options}"
+    );
+    start(guest, &command, "/tmp/agent.log")
+}
+
+/// Runs a command that must succeed; its output is also the test's.
+///
+/// # Errors
+/// When it does not.
+pub fn check(guest: &Guest, command: &str) -> Result<String> {
+    let said = guest.check_within(command, Deadline::secs(240))?;
+    println!("$ {command}\n{said}");
+    Ok(said)
 }

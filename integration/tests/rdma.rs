@@ -1,86 +1,16 @@
 //! RDMA over soft RoCE, in machines: the provider by itself, then drives that are used over it.
 
-use std::path::Path;
-
 use farbus_integration::deadline::Deadline;
-use farbus_integration::guest::{Guest, Job};
-use farbus_integration::machine::Machine;
-use farbus_integration::rdma;
+use farbus_integration::guest::Guest;
+use farbus_integration::rdma::{
+    self, DRIVE, LOOPBACK, PROGRAMS, SOCKET, attach, check, one_machine, serve, two_machines,
+};
 use farbus_integration::report::{Failure, TestResult};
 use farbus_integration::scratch::Scratch;
 use farbus_integration::tools::Tools;
 use farbus_integration::tools::kernel::Kernel;
 use farbus_integration::vfio;
 use serde_json::Value;
-
-const LOOPBACK: &str = "127.0.0.1";
-const PROGRAMS: [&str; 4] = [
-    "farbus-verbs-check",
-    "farbus-device-server",
-    "farbus-compute-agent",
-    "farbus-vfu-nvme",
-];
-const SOCKET: &str = "/run/disk0.sock";
-/// A drive in memory, so that what is measured is the way to it.
-const DRIVE: &str = "--soft-nvme backing=memory,size=64MiB --name disk0";
-
-fn one_machine(kernel: Kernel) -> Result<(Machine, Guest), Failure> {
-    let builder = rdma::machine("rdma", kernel);
-    let builder = PROGRAMS.iter().fold(builder, |b, name| b.program(name));
-    let machine = builder.start(&Tools::open()?)?;
-    let guest = machine.wait_guest(Deadline::secs(90))?;
-    rdma::on_loopback(&guest)?;
-    Ok((machine, guest))
-}
-
-/// Two machines on a network of their own.
-fn two_machines(dir: &Path, kernel: Kernel) -> Result<[(Machine, Guest); 2], Failure> {
-    let tools = Tools::open()?;
-    let start = |end: usize| {
-        let builder = rdma::machine(["lends", "uses"][end], kernel);
-        let builder = PROGRAMS.iter().fold(builder, |b, name| b.program(name));
-        rdma::networked(builder, dir, end).start(&tools)
-    };
-    let machines = [start(0)?, start(1)?];
-    let mut both = Vec::new();
-    for (end, machine) in machines.into_iter().enumerate() {
-        let guest = machine.wait_guest(Deadline::secs(120))?;
-        rdma::on_network(&guest, end)?;
-        both.push((machine, guest));
-    }
-    both.try_into().map_err(|_| "not two machines".into())
-}
-
-/// Starts a daemon and waits until it is ready, or has ended.
-fn start(guest: &Guest, command: &str, log: &str) -> Result<Job, Failure> {
-    let job = guest.spawn(&format!(
-        "{command} >{log} 2>&1; status=$?; echo ended $status >>{log}; exit $status"
-    ))?;
-    guest.check(&format!(
-        "until grep -q -e ^ready -e ^ended {log}; do sleep 0.05; done; grep ^ready {log} || {{ cat {log}; false; }}"
-    ))?;
-    Ok(job)
-}
-
-fn serve(guest: &Guest, address: &str, options: &str) -> Result<Job, Failure> {
-    let command =
-        format!("farbus-device-server export {options} --listen {address}:7420 --insecure");
-    start(guest, &command, "/tmp/server.log")
-}
-
-fn attach(guest: &Guest, address: &str, options: &str) -> Result<Job, Failure> {
-    let command = format!(
-        "farbus-compute-agent attach --from {address}:7420 --export disk0 --vfio-user {SOCKET} {options}"
-    );
-    start(guest, &command, "/tmp/agent.log")
-}
-
-/// Runs a command that must succeed; its output is also the test's.
-fn check(guest: &Guest, command: &str) -> Result<String, Failure> {
-    let said = guest.check_within(command, Deadline::secs(240))?;
-    println!("$ {command}\n{said}");
-    Ok(said)
-}
 
 fn assert_has(text: &str, what: &str) {
     assert!(text.contains(what), "{what:?} is not in:\n{text}");
@@ -335,24 +265,102 @@ fn wait_for_more(guest: &Guest, what: &str, log: &str) -> TestResult {
     Ok(())
 }
 
-/// The way through our protocol against what the device takes for the same bytes.
+/// The network card under the RDMA device is unplugged, and plugged in again; then the RDMA device alone is
+/// taken away, while the network stays.
 #[test]
-fn latency_table() -> TestResult {
-    let (machine, guest) = one_machine(Kernel::Rdma6_1)?;
+fn removed_devices_are_a_pause_until_they_are_back() -> TestResult {
+    let scratch = Scratch::new("net")?;
+    let [(lends, lender), (uses, user)] = two_machines(scratch.path(), Kernel::Rdma6_12)?;
+    let address = rdma::address(0);
+    let _server = serve(&lender, &address, DRIVE)?;
+    let _agent = attach(&user, &address, "--provider auto")?;
+    let verify = format!("farbus-vfu-nvme verify --vfio-user {SOCKET} --size 4MiB --bs 8k");
+    let job = user.spawn(&verify)?;
+    let gone = "until ! [ -e /sys/class/infiniband/rxe0 ]; do sleep 0.05; done";
+
+    user.check("sleep 1; echo 1 >/sys/class/net/eth0/device/../remove")?;
+    wait_for_more(&user, "is lost", "/tmp/agent.log")?;
+    user.check(gone)?;
+    user.check(
+        "echo 1 >/sys/bus/pci/rescan; until [ -e /sys/class/net/eth0 ]; do sleep 0.05; done",
+    )?;
+    rdma::on_network(&user, 1)?;
+    wait_for_more(&user, "is rebuilt", "/tmp/agent.log")?;
+
+    // Soft RoCE is removed when nobody uses it: its users let go of it as their port goes down.
+    user.check(&format!("sleep 1; {DOWN}"))?;
+    wait_for_more(&user, "is lost", "/tmp/agent.log")?;
+    user.check(&format!("rdma link del rxe0; {gone}; {UP}"))?;
+    wait_for_more(&user, "this host has no RDMA device", "/tmp/agent.log")?;
+    user.check("rdma link add rxe0 type rxe netdev eth0")?;
+    wait_for_more(&user, "is rebuilt", "/tmp/agent.log")?;
+
+    println!("{}", job.check(Deadline::secs(240))?);
+    let log = check(&user, "cat /tmp/agent.log")?;
+    assert!(!log.contains("over TCP"), "{log}");
+    uses.quit()?;
+    lends.quit()?;
+    Ok(())
+}
+
+/// A device server that is frozen, replaced under its name, and wakes up with commands in its ring.
+#[test]
+fn device_server_that_was_fenced_off_cannot_write_guest_memory() -> TestResult {
+    let (machine, guest) = one_machine(Kernel::Rdma6_12)?;
+    let [old, new] = ["10.9.0.1", "10.9.0.2"];
+    // A new RDMA device has all addresses that the loopback has by then.
+    guest.check(&format!(
+        "ip addr add {old}/32 dev lo && ip addr add {new}/32 dev lo && rdma link del rxe0 && \
+         echo 'hosts: files' >/etc/nsswitch.conf && echo {old} lender >/etc/hosts"
+    ))?;
+    rdma::on_loopback(&guest)?;
+    let _old = serve(&guest, old, DRIVE)?;
+    let pid = guest.check("pidof farbus-device-server")?;
+    guest.check("mv /tmp/server.log /tmp/old-server.log")?;
+    let _new = serve(&guest, new, DRIVE)?;
+    let _agent = attach(&guest, "lender", "--provider verbs")?;
+    let replace = format!("echo {new} lender >/etc/hosts");
+    check(
+        &guest,
+        &format!(
+            "farbus-verbs-check stale-reads {SOCKET} {} '{replace}'",
+            pid.trim()
+        ),
+    )?;
+    let log = check(&guest, "cat /tmp/agent.log")?;
+    assert_has(&log, "is rebuilt");
+    assert!(!log.contains("over TCP"), "{log}");
+    // It has found out by itself, and is ready for a next claim.
+    check(
+        &guest,
+        "until grep -q -e 'released by' -e 'is lost' /tmp/old-server.log; do sleep 0.1; done; cat /tmp/old-server.log",
+    )?;
+    machine.quit()?;
+    Ok(())
+}
+
+/// An agent that is frozen until its claim is another's, and wakes up with writes to do.
+#[test]
+fn agent_that_was_fenced_off_cannot_write_the_next_claims_shadow() -> TestResult {
+    let (machine, guest) = one_machine(Kernel::Rdma6_12)?;
     let _server = serve(&guest, LOOPBACK, DRIVE)?;
-    check(&guest, &format!("farbus-verbs-check bare {LOOPBACK} 3000"))?;
-    let own = "farbus-vfu-nvme bench --soft-nvme backing=memory,size=64MiB --poll --seconds 2";
-    check(&guest, own)?;
-    for provider in ["verbs", "tcp"] {
-        for more in ["--poll", ""] {
-            check(
-                &guest,
-                &format!(
-                    "farbus-vfu-nvme bench --from {LOOPBACK}:7420 --export disk0 --provider {provider} --seconds 3 --warmup 2 {more}"
-                ),
-            )?;
-        }
-    }
+    let _agent = attach(&guest, LOOPBACK, "--provider verbs")?;
+    let pid = guest.check("pidof farbus-compute-agent")?;
+    // The export is busy until the device server misses the frozen one.
+    let other = "/run/other.sock";
+    let replace = format!(
+        "(until farbus-compute-agent attach --from {LOOPBACK}:7420 --export disk0 --vfio-user {other} \
+         --provider verbs >/tmp/other.log 2>&1; do sleep 0.5; done) & \
+         until grep -q ^ready /tmp/other.log; do sleep 0.1; done"
+    );
+    check(
+        &guest,
+        &format!(
+            "farbus-verbs-check stale-writes {SOCKET} {} '{replace}' {other}",
+            pid.trim()
+        ),
+    )?;
+    check(&guest, "cat /tmp/agent.log /tmp/server.log")?;
     machine.quit()?;
     Ok(())
 }

@@ -103,6 +103,8 @@ struct State {
     silent: u32,
     /// See [`RemoteFunction::look_for_doorbells`].
     gathers_doorbells: bool,
+    /// See [`RemoteFunction::keep_looking`].
+    keeps_looking: bool,
 }
 
 /// See the module's own description.
@@ -254,6 +256,7 @@ impl RemoteFunction {
                 heard: 0,
                 silent: 0,
                 gathers_doorbells: false,
+                keeps_looking: false,
             }),
         })
     }
@@ -396,6 +399,15 @@ impl RemoteFunction {
         let mut state = self.state();
         state.gathers_doorbells = true;
         state.half.offer_shadow_doorbells();
+        drop(state);
+        self.keep_looking();
+    }
+
+    /// The caller promises to call [`Self::service`] again and again, and [`Self::may_sleep`] before
+    /// it waits for the link's descriptor after all. Looking costs less then.
+    pub fn keep_looking(&self) {
+        let mut state = self.state();
+        state.keeps_looking = true;
         if let Some(session) = &mut state.session {
             session.keep_looking();
         }
@@ -447,7 +459,7 @@ impl RemoteFunction {
         for window in state.half.windows() {
             session.register(window, window.iova.0)?;
         }
-        if state.gathers_doorbells {
+        if state.keeps_looking {
             session.keep_looking();
         }
         if let Some(record) = state.half.record() {

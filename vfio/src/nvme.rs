@@ -162,6 +162,7 @@ pub mod log_page {
     pub const ERROR: u8 = 0x01;
     pub const SMART: u8 = 0x02;
     pub const FIRMWARE_SLOT: u8 = 0x03;
+    pub const CHANGED_NAMESPACES: u8 = 0x04;
 }
 
 /// Which data structure Identify is asked for, CDW10 7:0 (NVMe 1.4 figure 244).

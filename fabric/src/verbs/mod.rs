@@ -1,7 +1,7 @@
 //! The provider for RDMA: a reliable connection whose both sides write into each other's memory.
 //!
 //! A frame's payload is written where it belongs, straight out of the memory that it is in; the
-//! control part follows with the last write, into a ring of messages at the peer (`ring`), with
+//! control part follows with the last write, into a ring of messages at the peer ([`crate::ring`]), with
 //! immediate data that tells it so. A frame is one chain of work requests, posted with one
 //! doorbell. What goes from one queue pair to the other is placed in order, so a payload is there
 //! before its message is seen.
@@ -19,7 +19,6 @@ mod keys;
 mod link;
 mod prepare;
 pub mod raw;
-mod ring;
 mod route;
 mod sends;
 mod survey;

@@ -11,8 +11,8 @@ use vm_memory::VolatileMemory;
 
 use super::prepare::{MAX_PIECES, SENDS};
 use super::raw::{Chain, CompletionQueue, Piece, QueuePair, Region, Write};
-use super::ring::{PREFIX, Prefix};
 use crate::FabricError;
+use crate::ring::{PREFIX, Prefix};
 
 /// Work requests that may wait.
 const MAX_STAGED: usize = 8192;

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use farbus_fabric::ring::{Consumed, Prefix};
 use farbus_fabric::wire::{
     CompleteBatch, CompleteEntry, Data, Direction, Epoch, ExportName, Header, Kind, Label, Listed,
     ListedState, Listing, Message, Placement, QueueId, RdmaEndpoint, RdmaKey, RequestId,
@@ -26,6 +27,7 @@ fn main() -> std::io::Result<()> {
         ("config_space", config()),
         ("vhost_user_request", chains()),
         ("cloud_hypervisor_answer", answers()),
+        ("rdma_ring", ring()),
     ] {
         let folder = root.join(target);
         fs::create_dir_all(&folder)?;
@@ -497,4 +499,20 @@ fn chains() -> Vec<Seed> {
             image(&[descriptor(0x100, 16, NEXT, 0)], &header(0, 0)),
         ),
     ]
+}
+
+/// Messages both ways, each in its place, heard, consumed and acknowledged; until both rings have
+/// wrapped around.
+fn ring() -> Vec<Seed> {
+    let hear = |len: u32| {
+        let prefix = Prefix {
+            consumed: Consumed::default(),
+            len,
+        };
+        [&[0, 1][..], &prefix.encode()].concat()
+    };
+    let send = |len: u16| [&[3][..], &len.to_le_bytes()].concat();
+    let (acknowledge, consume) = (vec![1, 1], vec![2]);
+    let round = [hear(9000), send(9000), consume, acknowledge].concat();
+    vec![("rounds", round.repeat(9)), ("full", send(9000).repeat(9))]
 }

@@ -4,6 +4,7 @@
 //! | module | whose bytes | what must hold |
 //! |---|---|---|
 //! | [`fabric`] | a peer's stream | what decodes encodes to the same bytes; TCP delivers just that |
+//! | [`ring`] | a peer over RDMA | its messages lie within the ring and not over each other |
 //! | [`config`] | a peer's configuration space, a VMM's accesses | it keeps its promises to the guest |
 //! | [`guest`] | a guest, with a real device half behind it | the halves agree, nothing is lost |
 //! | [`shared`] | the driver of a portion of a shared drive | the other portions' blocks and memory stay |
@@ -25,3 +26,4 @@ pub mod input;
 pub mod link;
 pub mod nvme;
 pub mod shared;
+pub mod ring;

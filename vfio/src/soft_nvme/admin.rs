@@ -67,7 +67,7 @@ fn identify(
     let page = match command.dword(10) as u8 {
         // There is no Namespace Management, hence no "all namespaces" here (§5.15.2.1).
         cns::NAMESPACE if nsid != 1 => return Err(Status::INVALID_NAMESPACE),
-        cns::NAMESPACE => identify::namespace(&controller.identity, controller.shape),
+        cns::NAMESPACE => identify::namespace(&controller.identity, controller.shape()),
         cns::CONTROLLER => identify::controller(&controller.identity),
         cns::NAMESPACE_LIST if nsid >= ALL_NAMESPACES - 1 => {
             return Err(Status::INVALID_NAMESPACE);
@@ -95,7 +95,7 @@ fn get_log_page(
     let page = command.dword(10) as u8;
     if !matches!(
         page,
-        log_page::ERROR | log_page::SMART | log_page::FIRMWARE_SLOT
+        log_page::ERROR | log_page::SMART | log_page::FIRMWARE_SLOT | log_page::CHANGED_NAMESPACES
     ) {
         return Err(Status::INVALID_LOG_PAGE);
     }
@@ -104,8 +104,9 @@ fn get_log_page(
         return Err(Status::INVALID_FIELD);
     }
     scratch.map(&controller.dma, command, len, Access::Write)?;
+    let retain = command.dword(10) & RETAIN_EVENT != 0;
     let acknowledge = |kind| {
-        if command.dword(10) & RETAIN_EVENT == 0 {
+        if !retain {
             controller.events.acknowledge(kind);
         }
     };
@@ -117,6 +118,10 @@ fn get_log_page(
         log_page::SMART => {
             acknowledge(Kind::Health);
             controller.health.smart_log(controller.critical_warning())
+        }
+        log_page::CHANGED_NAMESPACES => {
+            acknowledge(Kind::Notice);
+            controller.size.changed_list(retain).to_vec()
         }
         _ => health::firmware_log(identify::firmware_revision()),
     };

@@ -15,6 +15,7 @@ use super::health::{Health, warning};
 use super::identity::Identity;
 use super::irq::Interrupts;
 use super::queues::{Cq, Fetched, Queues, Sq};
+use super::size::Size;
 use super::sys::Vectors;
 use super::work::WorkQueue;
 use super::{identify, io, lock, prp};
@@ -31,7 +32,7 @@ const BUFFER: usize = 64 << 10;
 /// The same for those that there are many of: what Dataset Management needs.
 const SMALL_BUFFER: usize = PAGE_SIZE;
 
-/// The namespace's shape.
+/// The namespace's shape at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     /// Log2 of the block size in bytes.
@@ -46,7 +47,9 @@ pub(super) struct Shape {
 pub(super) struct Controller {
     pub(super) backing: Backing,
     pub(super) identity: Identity,
-    pub(super) shape: Shape,
+    /// Log2 of the block size in bytes.
+    pub(super) block_shift: u8,
+    pub(super) size: Size,
     pub(super) queue_pairs: u16,
     pub(super) dma: Dma,
     pub(super) interrupts: Interrupts,
@@ -143,6 +146,15 @@ fn read_list(
 }
 
 impl Controller {
+    /// The namespace's shape as it is now.
+    pub(super) fn shape(&self) -> Shape {
+        Shape {
+            block_shift: self.block_shift,
+            blocks: self.size.blocks(),
+            reads_zero: self.backing.reads_zero(),
+        }
+    }
+
     pub(super) fn queues(&self) -> RwLockReadGuard<'_, Queues> {
         self.queues.read().unwrap_or_else(PoisonError::into_inner)
     }

@@ -19,6 +19,8 @@ pub(super) enum Event {
     ReliabilityDegraded,
     /// The temperature crossed its threshold (figure 148).
     TemperatureThreshold,
+    /// The namespace has another size (figure 150).
+    NamespaceChanged,
 }
 
 /// The kinds of events; after one was reported, its kind is silent until its log is read.
@@ -28,6 +30,8 @@ pub(super) enum Kind {
     Error,
     /// Type 001b, SMART log.
     Health,
+    /// Type 010b, Changed Namespace List log.
+    Notice,
 }
 
 impl Event {
@@ -35,6 +39,7 @@ impl Event {
         match self {
             Self::InvalidDoorbell | Self::InvalidDoorbellValue => Kind::Error,
             Self::ReliabilityDegraded | Self::TemperatureThreshold => Kind::Health,
+            Self::NamespaceChanged => Kind::Notice,
         }
     }
 
@@ -45,6 +50,7 @@ impl Event {
             Self::InvalidDoorbellValue => (0, 1, 1),
             Self::ReliabilityDegraded => (1, 0, 2),
             Self::TemperatureThreshold => (1, 1, 2),
+            Self::NamespaceChanged => (2, 0, 4),
         };
         kind | information << 8 | log << 16
     }
@@ -54,7 +60,7 @@ impl Event {
 struct State {
     /// Command ids of the requests that wait; the oldest first.
     waiting: Vec<u16>,
-    channels: [Channel; 2],
+    channels: [Channel; 3],
 }
 
 #[derive(Clone, Copy, Default)]

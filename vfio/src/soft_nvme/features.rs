@@ -61,6 +61,11 @@ impl Features {
         self.async_events as u8
     }
 
+    /// Whether the host wants to hear of changes of the namespace (NVMe 1.4 §5.21.1.11).
+    pub(super) fn reports_namespaces(&self) -> bool {
+        self.async_events >> 8 & 1 == 1
+    }
+
     /// Whether the temperature is past one of its thresholds.
     pub(super) fn is_temperature_critical(&self) -> bool {
         health::TEMPERATURE >= self.over_temperature

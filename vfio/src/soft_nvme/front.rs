@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Instant;
 
 use super::lock;
 use crate::nvme::{PAGE_SIZE, cap, cc, csts, reg};
@@ -43,6 +44,8 @@ pub(super) enum Task {
     Enable(Enable),
     DeliverEvents,
     RunCommands,
+    /// Nothing else is to be done, and it is time.
+    LookAtSize,
 }
 
 #[derive(Default)]
@@ -235,17 +238,26 @@ impl Front {
         self.reset_done.notify_all();
     }
 
-    /// Waits for something to do.
-    pub(super) fn next_task(&self) -> Task {
+    /// Waits for something to do. After `look_at` there is the size to look at, if it is given.
+    pub(super) fn next_task(&self, look_at: Option<Instant>) -> Task {
         let mut state = lock(&self.state);
         loop {
             if let Some(task) = state.requests.take() {
                 return task;
             }
-            state = self
-                .task
-                .wait(state)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            let Some(look_at) = look_at else {
+                state = self
+                    .task
+                    .wait(state)
+                    .unwrap_or_else(std::sync::PoisonError::into_inner);
+                continue;
+            };
+            let left = look_at.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Task::LookAtSize;
+            }
+            let waited = self.task.wait_timeout(state, left);
+            state = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
     }
 }

@@ -35,6 +35,8 @@ pub(super) fn controller(identity: &Identity) -> Page {
     put(77, &[MDTS]);
     put(78, &1u16.to_le_bytes());
     put(80, &front::VERSION.to_le_bytes());
+    // Optional events: namespace attribute notices.
+    put(92, &(1u32 << 8).to_le_bytes());
     // An I/O controller.
     put(111, &[1]);
     put(258, &[ABORT_LIMIT, events::LIMIT as u8 - 1]);

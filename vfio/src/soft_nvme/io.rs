@@ -217,7 +217,7 @@ fn extent(controller: &Controller, command: &SubmissionEntry) -> Result<Extent, 
 }
 
 fn checked_extent(controller: &Controller, lba: u64, blocks: u64) -> Result<Extent, Status> {
-    let shape = controller.shape;
+    let shape = controller.shape();
     match lba.checked_add(blocks) {
         Some(end) if end <= shape.blocks => Ok(Extent {
             offset: lba << shape.block_shift,

@@ -12,7 +12,7 @@
 //!   the way from a command to its data, `sys` the system calls that move it.
 //! - `controller` is what the threads share and how a command lives; `threads` are those that
 //!   do the work, `inline` what is done without them; `admin` (with `identify`, `features`,
-//!   `health` and `events`) and `io` have the commands.
+//!   `health` and `events`) and `io` have the commands; `size` follows a file that grows.
 //!
 //! A write to a doorbell stores the tail. With a file, which may keep a command waiting, it
 //! then wakes a thread; with memory or nothing, the commands are carried out there and then.
@@ -38,6 +38,7 @@ mod open;
 mod options;
 mod prp;
 mod queues;
+mod size;
 #[allow(unsafe_code, reason = "vectored I/O on memory that is not ours alone")]
 mod sys;
 mod threads;
@@ -55,7 +56,7 @@ pub(crate) use health::firmware_log;
 pub(crate) use identify::{descriptors, namespace_list};
 pub(crate) use identity::Identity;
 pub use identity::{DEVICE, VENDOR};
-pub use open::BackingError;
+pub use open::{BackingError, grow_file};
 pub use options::{
     DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, Medium, OptionError, SoftNvmeConfig, parse_size,
 };
@@ -145,11 +146,8 @@ impl SoftNvme {
         let block_shift = config.block_size.trailing_zeros() as u8;
         let controller = Arc::new(controller::Controller {
             identity: identity::Identity::of(config, &backing),
-            shape: controller::Shape {
-                block_shift,
-                blocks: backing.len() >> block_shift,
-                reads_zero: backing.reads_zero(),
-            },
+            block_shift,
+            size: size::Size::new(backing.len() >> block_shift),
             backing,
             queue_pairs: config.queues,
             dma: dma::Dma::new(),

@@ -141,6 +141,43 @@ fn open_file(config: &SoftNvmeConfig, path: &Path) -> Result<FileBacking, Backin
     Ok(FileBacking::new(file, len, kind.is_block_device()))
 }
 
+/// Makes a drive's file as long as its description says, if it is shorter: the drive, which may be
+/// running, follows within a second or two. Whether it was shorter.
+///
+/// # Errors
+/// When the file is longer, since nothing is ever cut off; when there is no such file; or when
+/// the operating system refuses.
+pub fn grow_file(config: &SoftNvmeConfig) -> Result<bool, BackingError> {
+    let (Medium::File(path), Some(wanted)) = (&config.medium, config.size) else {
+        return Ok(false);
+    };
+    let fail = |verb| {
+        move |source: io::Error| BackingError::Io {
+            verb,
+            path: path.to_owned(),
+            source,
+        }
+    };
+    check_blocks(config, wanted)?;
+    // Not exclusively: a running drive has the file open.
+    let file = OpenOptions::new().write(true).open(path);
+    let mut file = file.map_err(fail("open"))?;
+    let actual = file
+        .seek(SeekFrom::End(0))
+        .map_err(fail("find the size of"))?;
+    if actual > wanted {
+        return Err(BackingError::SizeDiffers {
+            path: path.to_owned(),
+            actual,
+            wanted,
+        });
+    }
+    if actual < wanted {
+        file.set_len(wanted).map_err(fail("lengthen"))?;
+    }
+    Ok(actual < wanted)
+}
+
 fn check_blocks(config: &SoftNvmeConfig, size: u64) -> Result<(), BackingError> {
     let block_size = config.block_size;
     if size == 0 || size % u64::from(block_size) != 0 {

@@ -9,12 +9,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 
 use super::admin::{self, Outcome};
 use super::controller::{Controller, Scratch};
 use super::front::{Enable, Task};
-use super::lock;
 use super::queues::{Cq, Shape, Sq};
+use super::{lock, size};
 use crate::nvme::{Status, cc, csts};
 
 /// Most threads for I/O commands: a file gives little more for more of them.
@@ -73,8 +74,11 @@ fn run_io(controller: &Controller) {
 
 fn run_admin(controller: &Controller) {
     let mut scratch = Scratch::new();
+    // Only a file can grow.
+    let follows = controller.backing.len_by_now().is_some();
+    let mut look_at = follows.then(|| Instant::now() + size::INTERVAL);
     loop {
-        match controller.front.next_task() {
+        match controller.front.next_task(look_at) {
             Task::Stop => return,
             Task::Reset => {
                 let ticket = controller.front.resets_asked();
@@ -87,6 +91,10 @@ fn run_admin(controller: &Controller) {
             Task::Enable(enable) => start(controller, enable),
             Task::DeliverEvents => deliver_events(controller, &mut scratch),
             Task::RunCommands => run_commands(controller, &mut scratch),
+            Task::LookAtSize => {
+                controller.look_at_size();
+                look_at = Some(Instant::now() + size::INTERVAL);
+            }
         }
     }
 }

@@ -19,6 +19,7 @@ mod hostile;
 mod io;
 mod queues;
 mod registers;
+mod resize;
 
 /// What a controller of these tests keeps its data in.
 fn backing_of(path: std::path::PathBuf) -> farbus_vfio::soft_nvme::SoftNvmeConfig {

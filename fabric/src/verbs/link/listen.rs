@@ -5,8 +5,8 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use vm_memory::VolatileMemory;
 
 use super::super::raw::{Completion, Region};
-use super::super::ring::{Arrived, Incoming, Outgoing, PREFIX, Prefix};
 use super::{COMPLETIONS, DEVICE, LOOKS_PER_WAIT, MAX_FRAME, VerbsLink};
+use crate::ring::{Arrived, Incoming, Outgoing, PREFIX, Prefix};
 use crate::wire::{HEADER_LEN, Header, Kind, Message};
 use crate::{FabricError, Received, Sink, Span};
 
@@ -194,9 +194,13 @@ impl VerbsLink {
             }
             self.sends.get_mut().reap();
             self.quiet = self.quiet.wrapping_add(1);
-            let look_on = self.looking && self.quiet % LOOKS_PER_WAIT != 0;
-            if !look_on && !self.settle_down()? {
-                continue;
+            if !self.looking {
+                if !self.settle_down()? {
+                    continue;
+                }
+            } else if self.quiet % LOOKS_PER_WAIT == 0 {
+                // The queues are looked at anyway, so they need not tell.
+                self.attend();
             }
             // What came before the end has been delivered by now, unless it came meanwhile.
             if self.has_ended() && self.poll()? == 0 {

@@ -14,7 +14,7 @@ use vm_memory::MmapRegion;
 use crate::Outcome;
 use crate::pair::PATIENCE;
 
-/// One queue pair with a page of its own.
+/// One queue pair with memory of its own.
 pub(crate) struct Bare {
     pair: QueuePair,
     sent: Arc<CompletionQueue>,
@@ -26,11 +26,18 @@ pub(crate) struct Bare {
     address: Address,
 }
 
+/// Memory for small messages, and behind them for 4 KiB of data.
 const PAGE: usize = 8192;
+/// Work requests that may be under way.
+const SENDS: u32 = 32;
 
 impl Bare {
     /// On the device that has an IP address, in a domain of its own.
     pub(crate) fn new(address: &str) -> Outcome<Self> {
+        Self::with_memory(address, PAGE)
+    }
+
+    fn with_memory(address: &str, len: usize) -> Outcome<Self> {
         let wanted = address.parse()?;
         for name in device_names()? {
             let context = Arc::new(Context::open(&name)?);
@@ -47,16 +54,16 @@ impl Bare {
             let sent = CompletionQueue::new(&channel, &context, 64)?;
             let received = CompletionQueue::new(&channel, &context, 64)?;
             let sizes = QueueSizes {
-                sends: 32,
+                sends: SENDS,
                 receives: 32,
                 pieces: 1,
                 inline: 64,
             };
             let pair = QueuePair::new(&domain, &sent, &received, sizes)?;
             pair.initialise(port)?;
-            let memory = Arc::new(MmapRegion::new(PAGE)?);
+            let memory = Arc::new(MmapRegion::new(len)?);
             let place = memory.as_ptr() as u64;
-            let page = Region::new(&domain, &memory, 0, PAGE, place, Access::RemoteWrite)?;
+            let page = Region::new(&domain, &memory, 0, len, place, Access::RemoteWrite)?;
             let address = Address {
                 gid,
                 lid: 0,
@@ -79,7 +86,12 @@ impl Bare {
 
     /// Two that are joined.
     pub(crate) fn pair(address: &str) -> Outcome<(Self, Self)> {
-        let (one, other) = (Bare::new(address)?, Bare::new(address)?);
+        Self::pair_with_memory(address, PAGE)
+    }
+
+    fn pair_with_memory(address: &str, len: usize) -> Outcome<(Self, Self)> {
+        let one = Bare::with_memory(address, len)?;
+        let other = Bare::with_memory(address, len)?;
         one.join(&other.address)?;
         other.join(&one.address)?;
         Ok((one, other))
@@ -216,11 +228,48 @@ pub(crate) fn measure(address: &str, count: &str) -> Outcome {
         times.sort();
         let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_nanos() as f64 / 1e3;
         println!(
-            "bare round trip with {data} bytes of data: p50_us={:.1} p99_us={:.1} min_us={:.1}",
+            "bare round trip with {data} bytes of data: \
+             min_us={:.1} p10_us={:.1} p50_us={:.1} p99_us={:.1}",
+            at(0),
+            at(10),
             at(50),
-            at(99),
-            at(0)
+            at(99)
         );
+    }
+    Ok(())
+}
+
+/// Writes that are kept under way for [`stream`].
+const DEPTH: usize = 16;
+
+/// Throughput of writes of several sizes, of which the other side hears nothing.
+pub(crate) fn stream(address: &str, milliseconds: &str) -> Outcome {
+    let time = Duration::from_millis(milliseconds.parse()?);
+    for size in [4096, 16 << 10, 64 << 10, 128 << 10, 256 << 10, 1 << 20] {
+        let (one, other) = Bare::pair_with_memory(address, size)?;
+        let target = other.target();
+        let mut chain = Chain::with_capacity(1, 1);
+        let (mut under_way, mut done) = (0_usize, 0_usize);
+        let begun = Instant::now();
+        while under_way > 0 || begun.elapsed() < time {
+            while under_way < DEPTH && begun.elapsed() < time {
+                one.push(&mut chain, target, size, None, true)?;
+                one.pair.post(&mut chain, &one.page)?;
+                under_way += 1;
+            }
+            let mut failure = None;
+            let count = one.sent.poll(|c| failure = failure.or(c.failure))?;
+            if let Some(status) = failure {
+                return Err(status.to_string().into());
+            }
+            under_way -= count;
+            done += count;
+            if begun.elapsed() > time + PATIENCE {
+                return Err("writes do not complete".into());
+            }
+        }
+        let rate = (done * size) as f64 / f64::from(1 << 20) / begun.elapsed().as_secs_f64();
+        println!("bare writes of {size} bytes: mib_per_s={rate:.1}");
     }
     Ok(())
 }

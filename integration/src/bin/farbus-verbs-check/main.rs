@@ -2,7 +2,7 @@
 //! runs it in machines with soft RoCE.
 //!
 //! - `pair`: both sides of a claim, in one process or two. `frames`, `keys`, `loss`: what is checked of
-//!   them. `bare`: the device itself, without our protocol.
+//!   them. `bare`: the device itself, without our protocol. `stale`: daemons that were fenced off.
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,7 @@ mod frames;
 mod keys;
 mod loss;
 mod pair;
+mod stale;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -21,6 +22,13 @@ usage: farbus-verbs-check frames ADDRESS      payloads land, messages come in or
        farbus-verbs-check killed ADDRESS      a peer is killed; how soon that is known
        farbus-verbs-check cut ADDRESS COMMAND runs a shell command that cuts the network; the same
        farbus-verbs-check bare ADDRESS COUNT  round trips of bare writes with immediate data, polled
+       farbus-verbs-check stream ADDRESS MS   throughput of bare writes of several sizes, each for a time
+       farbus-verbs-check stale-reads SOCKET PID COMMAND
+                                              freezes device server PID in the middle of reads, has a
+                                              command replace it, and wakes it up again
+       farbus-verbs-check stale-writes SOCKET PID COMMAND OTHER
+                                              freezes agent PID in the middle of writes, has a command
+                                              start another at socket OTHER, and wakes it up again
        farbus-verbs-check serve ADDRESS       the other side of killed and cut
 
 ADDRESS is an IP address of this machine that an RDMA device has.
@@ -39,6 +47,9 @@ fn main() -> ExitCode {
         ["killed", address] => loss::killed(address),
         ["cut", address, command] => loss::cut(address, command),
         ["bare", address, count] => bare::measure(address, count),
+        ["stream", address, milliseconds] => bare::stream(address, milliseconds),
+        ["stale-reads", socket, pid, command] => stale::reads(socket, pid, command),
+        ["stale-writes", socket, pid, command, other] => stale::writes(socket, pid, command, other),
         ["serve", address] => loss::serve(address),
         _ => {
             eprintln!("{USAGE}");

@@ -142,6 +142,9 @@ fn drive(
         )?);
     }
     let waiter = if args.poll {
+        if let Some(link) = &target.link {
+            link.keep_looking();
+        }
         None
     } else {
         Some(Waiter::new(&driver, &lanes, target.link.clone())?)

@@ -115,6 +115,7 @@ impl Figures {
             json!({
                 "min": us(self.latency.min()),
                 "mean": self.latency.mean() / 1e3,
+                "p10": us(self.latency.value_at_quantile(0.1)),
                 "p50": us(self.latency.value_at_quantile(0.5)),
                 "p99": us(self.latency.value_at_quantile(0.99)),
                 "p99.9": us(self.latency.value_at_quantile(0.999)),

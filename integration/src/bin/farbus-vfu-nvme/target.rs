@@ -144,6 +144,11 @@ impl Linked {
         self.remote.service()
     }
 
+    /// [`Self::service`] is called again and again, without a wait between.
+    pub(crate) fn keep_looking(&self) {
+        self.remote.keep_looking();
+    }
+
     pub(crate) fn interest(&self) -> Option<LinkInterest> {
         self.remote.link_interest()
     }

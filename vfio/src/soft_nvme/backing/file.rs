@@ -1,12 +1,12 @@
 //! A namespace on a file or a block device.
 //!
-//! It is never resized. Errors of the operating system become what a drive would answer
+//! Nothing here resizes it; others may. Errors of the operating system become what a drive would answer
 //! (NVMe 1.4 §4.6.1.2).
 
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -46,9 +46,15 @@ impl FileBacking {
         }
     }
 
-    /// Size in bytes.
+    /// Size in bytes when it was opened.
     pub(in super::super) fn len(&self) -> u64 {
         self.len
+    }
+
+    /// Size in bytes as it is now, if that can be found out.
+    pub(in super::super) fn len_by_now(&self) -> Option<u64> {
+        // Transfers name their offsets, so it does not matter where the file's own is.
+        (&self.file).seek(SeekFrom::End(0)).ok()
     }
 
     pub(in super::super) fn file(&self) -> &File {

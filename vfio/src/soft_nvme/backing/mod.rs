@@ -12,7 +12,7 @@ use super::dma::Scatter;
 use super::sys::Vectors;
 use crate::nvme::Status;
 
-/// What holds the data. Offsets and lengths are in bytes, and lie within [`Backing::len`].
+/// What holds the data. Offsets and lengths are in bytes, and lie within the controller's size, which follows that of a file.
 #[derive(Debug)]
 pub(super) enum Backing {
     /// A file or block device.
@@ -28,12 +28,20 @@ pub(super) enum Backing {
 }
 
 impl Backing {
-    /// Size in bytes.
+    /// Size in bytes when it was opened.
     pub(super) fn len(&self) -> u64 {
         match self {
             Self::File(file) => file.len(),
             Self::Memory(memory) => memory.len(),
             Self::Null { len } => *len,
+        }
+    }
+
+    /// The size that a file has by now, in bytes; it may have been made longer, or cut short.
+    pub(super) fn len_by_now(&self) -> Option<u64> {
+        match self {
+            Self::File(file) => file.len_by_now(),
+            Self::Memory(_) | Self::Null { .. } => None,
         }
     }
 

@@ -1,4 +1,4 @@
-//! Who may put how much into a message ring, and where: arithmetic only.
+//! Who may put how much into a message ring of the RDMA provider, and where: arithmetic only.
 //!
 //! Each side has a ring in its memory into which the other writes messages, one behind the other,
 //! each in one piece: one that would reach past the end begins at the start instead. Positions
@@ -10,29 +10,32 @@ use crate::FabricError;
 /// Messages begin at multiples of this.
 const ALIGN: u64 = 64;
 /// What precedes the frame of each message.
-pub(super) const PREFIX: usize = 16;
+pub const PREFIX: usize = 16;
 /// Messages that only say what was consumed may use this many slots more than others.
 const RESERVE: u64 = 8;
 
 /// How far the owner of a ring has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Consumed {
+pub struct Consumed {
     /// Everything before this position.
-    pub(super) position: u64,
+    pub position: u64,
     /// So many messages, modulo 2³².
-    pub(super) messages: u32,
+    pub messages: u32,
 }
 
 /// What precedes a frame: how far the sender has come with its own ring, and the length of the
 /// frame. 0 when there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Prefix {
-    pub(super) consumed: Consumed,
-    pub(super) len: u32,
+pub struct Prefix {
+    /// How far the sender has come with its own ring.
+    pub consumed: Consumed,
+    /// Length of the frame in bytes.
+    pub len: u32,
 }
 
 impl Prefix {
-    pub(super) fn encode(&self) -> [u8; PREFIX] {
+    /// Its bytes.
+    pub fn encode(&self) -> [u8; PREFIX] {
         let mut bytes = [0; PREFIX];
         bytes[..8].copy_from_slice(&self.consumed.position.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.consumed.messages.to_le_bytes());
@@ -40,7 +43,8 @@ impl Prefix {
         bytes
     }
 
-    pub(super) fn decode(bytes: &[u8; PREFIX]) -> Self {
+    /// From its bytes, all of which are possible.
+    pub fn decode(bytes: &[u8; PREFIX]) -> Self {
         let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *bytes;
         Prefix {
             consumed: Consumed {
@@ -58,13 +62,13 @@ fn footprint(len: usize) -> u64 {
 }
 
 /// The immediate data that names an offset in the ring.
-pub(super) fn immediate(offset: u64) -> u32 {
+pub fn immediate(offset: u64) -> u32 {
     (offset / ALIGN) as u32
 }
 
 /// The peer's ring, as this side fills it.
 #[derive(Clone, Debug)]
-pub(super) struct Outgoing {
+pub struct Outgoing {
     len: u64,
     slots: u64,
     head: u64,
@@ -75,14 +79,15 @@ pub(super) struct Outgoing {
 
 /// Where a message goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub struct Place {
     /// Offset in the ring.
-    pub(super) offset: u64,
+    pub offset: u64,
     end: u64,
 }
 
 impl Outgoing {
-    pub(super) fn new(len: u32, slots: u16) -> Self {
+    /// A ring of `len` bytes for `slots` messages, in which nothing is yet.
+    pub fn new(len: u32, slots: u16) -> Self {
         Outgoing {
             len: len.into(),
             slots: slots.into(),
@@ -100,14 +105,14 @@ impl Outgoing {
 
     /// Whether a good part of the ring is free: room for a burst of messages, which need not
     /// ask one by one.
-    pub(super) fn has_room(&self) -> bool {
+    pub fn has_room(&self) -> bool {
         let used = self.head - self.consumed;
         used <= self.len / 2 && self.waiting() <= self.slots / 2
     }
 
     /// The place of a message with a frame of `len` bytes, if there is room. Messages without one
     /// find room when others do not.
-    pub(super) fn place(&self, len: usize) -> Option<Place> {
+    pub fn place(&self, len: usize) -> Option<Place> {
         let reserve = if len == 0 { 0 } else { RESERVE };
         let size = footprint(len);
         let at = self.head % self.len;
@@ -125,13 +130,13 @@ impl Outgoing {
     }
 
     /// A message has been put there.
-    pub(super) fn fill(&mut self, place: Place) {
+    pub fn fill(&mut self, place: Place) {
         self.head = place.end;
         self.messages += 1;
     }
 
     /// The peer says how far it has come.
-    pub(super) fn acknowledge(&mut self, consumed: Consumed) -> Result<(), FabricError> {
+    pub fn acknowledge(&mut self, consumed: Consumed) -> Result<(), FabricError> {
         let more = consumed
             .messages
             .wrapping_sub(self.consumed_messages as u32);
@@ -153,7 +158,7 @@ impl Outgoing {
 
 /// This side's ring, as the peer fills it.
 #[derive(Clone, Debug)]
-pub(super) struct Incoming {
+pub struct Incoming {
     len: u64,
     slots: u32,
     /// Where the next message is expected.
@@ -165,16 +170,17 @@ pub(super) struct Incoming {
 
 /// A message in the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Arrived {
+pub struct Arrived {
     /// Offset of its frame in the ring.
-    pub(super) offset: usize,
+    pub offset: usize,
     /// Length of its frame.
-    pub(super) len: usize,
+    pub len: usize,
     end: u64,
 }
 
 impl Incoming {
-    pub(super) fn new(len: u32, slots: u16) -> Self {
+    /// A ring of `len` bytes for `slots` messages, in which nothing is yet.
+    pub fn new(len: u32, slots: u16) -> Self {
         Incoming {
             len: len.into(),
             slots: slots.into(),
@@ -185,7 +191,7 @@ impl Incoming {
     }
 
     /// The offset of the prefix of the message that this immediate data announces.
-    pub(super) fn offset(&self, immediate: u32) -> Result<usize, FabricError> {
+    pub fn offset(&self, immediate: u32) -> Result<usize, FabricError> {
         let offset = u64::from(immediate) * ALIGN;
         let expected = self.head % self.len;
         if offset == expected || offset == 0 {
@@ -197,7 +203,7 @@ impl Incoming {
     }
 
     /// A message with this prefix has arrived there, with a frame of at most `max` bytes.
-    pub(super) fn arrive(
+    pub fn arrive(
         &mut self,
         offset: usize,
         prefix: &Prefix,
@@ -227,21 +233,21 @@ impl Incoming {
     }
 
     /// The message, and so all before it, is not needed any more.
-    pub(super) fn consume(&mut self, message: &Arrived) {
+    pub fn consume(&mut self, message: &Arrived) {
         self.consumed.position = message.end;
         self.consumed.messages = self.consumed.messages.wrapping_add(1);
     }
 
     /// Whether the peer should hear how far this side has come, although there is nothing else
     /// to say.
-    pub(super) fn owes(&self) -> bool {
+    pub fn owes(&self) -> bool {
         let bytes = self.consumed.position - self.told.position;
         let messages = self.consumed.messages.wrapping_sub(self.told.messages);
         bytes >= self.len / 4 || messages >= self.slots / 4
     }
 
     /// What to tell the peer; it counts as told.
-    pub(super) fn tell(&mut self) -> Consumed {
+    pub fn tell(&mut self) -> Consumed {
         self.told = self.consumed;
         self.consumed
     }
