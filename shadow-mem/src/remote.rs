@@ -301,6 +301,7 @@ impl RemoteFunction {
                 heard: 0,
                 silent: 0,
                 gathers_doorbells: false,
+                keeps_looking: false,
             }),
         })
     }
