@@ -4,6 +4,7 @@
 //! - [`api`]: the JSON of the REST interface.
 //! - [`cli`]: the command line.
 //! - [`worker`]: one attachment's event loop, which joins the endpoint and the link.
+//! - [`lanes`]: its further data threads, if it has several.
 //! - [`reconnect`]: how a lost link is replaced.
 //! - [`upkeep`]: what an event loop does to keep its link.
 //! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
@@ -13,7 +14,9 @@
 pub mod api;
 pub mod cli;
 pub mod guest_memory;
+pub mod lanes;
 pub mod reconnect;
+mod timer;
 pub mod upkeep;
 pub mod vfio_user;
 pub mod vhost_user;

@@ -32,6 +32,8 @@ pub struct Source {
     pub providers: provider::Options,
     /// Whether a claim that RDMA carried may be made again over TCP.
     pub allow_tcp_fallback: bool,
+    /// Data threads, each with a connection of its own, at most.
+    pub data_threads: u16,
 }
 
 impl Source {
@@ -39,12 +41,17 @@ impl Source {
     /// should not become slow without a word.
     pub fn claim(&mut self, deadline: Duration) -> Result<ClaimedLink, FabricError> {
         let (address, export) = (&self.address, &self.export);
-        let claimed = client::claim_by(address, export, &label(), deadline, &self.providers)?;
+        let (options, lanes) = (&self.providers, self.data_threads);
+        let claimed = client::claim_lanes(address, export, &label(), deadline, options, lanes)?;
         info!(
-            "claimed export {} of {address} ({}) over {}",
+            "claimed export {} of {address} ({}) over {}{}",
             export.as_str(),
             claimed.epoch,
-            claimed.provider
+            claimed.provider,
+            match claimed.lanes.len() {
+                0 => String::new(),
+                more => format!(", by {} connections", more + 1),
+            }
         );
         if claimed.provider.provider == Provider::Verbs && !self.allow_tcp_fallback {
             self.providers.wanted = Wanted::Verbs;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use farbus_fabric::FabricError;
 use farbus_fabric::provider;
-use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
+use farbus_fabric::session::server::{ClaimRequest, Incoming, JoinRequest, Request};
 use farbus_fabric::wire::{Description, EngineKind, InterruptCounts, RefusalCode, Region};
 use farbus_shadow_mem::nvme::device::{DeviceError, DeviceHalf, Limits};
 use farbus_shadow_mem::polling::Polling;
@@ -26,6 +26,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attachment::{Attachment, Ended};
 use crate::exports::{Claim, ClaimError, Exports};
+use crate::lane;
+use crate::lanes::{CannotJoin, Teams};
 use crate::refusals::Refusals;
 
 /// How long a peer may take from connecting to the end of set-up.
@@ -48,6 +50,7 @@ pub struct Manager {
     exports: Exports,
     providers: Arc<provider::Options>,
     refusals: Arc<Refusals>,
+    teams: Teams,
     polling: Polling,
     stop: Arc<EventFd>,
 }
@@ -76,6 +79,7 @@ impl Manager {
             exports,
             providers: Arc::default(),
             refusals: Arc::default(),
+            teams: Teams::default(),
             polling,
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
@@ -152,6 +156,7 @@ impl Manager {
         let (exports, stop) = (self.exports.clone(), self.stop.clone());
         let providers = self.providers.clone();
         let refusals = self.refusals.clone();
+        let teams = self.teams.clone();
         let polling = self.polling;
         let claimed = Arc::new(AtomicBool::new(false));
         let claims = claimed.clone();
@@ -159,6 +164,7 @@ impl Manager {
             let _served = served;
             let common = Common {
                 providers: &providers,
+                teams: &teams,
                 polling,
                 stop: &stop,
             };
@@ -198,7 +204,10 @@ fn serve(
 ) -> Result<(), FabricError> {
     let label = concat!("farbus-device-server ", env!("CARGO_PKG_VERSION"));
     let incoming = Incoming::handshake(stream, label, SETUP_DEADLINE)?;
-    let Request::Claim(request) = incoming.next_request()?;
+    let request = match incoming.next_request()? {
+        Request::Claim(request) => request,
+        Request::Join(request) => return join(request, peer, refusals, common),
+    };
     let claimant = format!("{} at {peer}", request.peer());
     let name = request.export().as_str().to_owned();
     let refused = |level, reason: &str| {
@@ -238,6 +247,7 @@ fn serve(
 /// What all attachments have in common.
 struct Common<'a> {
     providers: &'a provider::Options,
+    teams: &'a Teams,
     polling: Polling,
     stop: &'a EventFd,
 }
@@ -282,7 +292,22 @@ fn attach(
             return request.refuse(RefusalCode::Internal, &text);
         }
     };
-    let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
+    let mut half = half;
+    let mut granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
+    let mut joinable = None;
+    if let Some(wanted) = granted.wanted_lanes()? {
+        let lanes = half.possible_lanes(wanted);
+        let others = half.divide(lanes).map_err(|error| cannot_divide(&error))?;
+        let open = common
+            .teams
+            .open(name.into(), claim.epoch(), description.clone(), others)
+            .map_err(|source| FabricError::Io {
+                what: "making a token",
+                source,
+            })?;
+        granted.give_lanes(lanes, open.token)?;
+        joinable = Some(open);
+    }
     let (link, provider) = granted.describe_by(description, common.providers)?;
     let mut session = Session::new(link);
     session.register(half.shadow(), 0)?;
@@ -293,6 +318,8 @@ fn attach(
     );
     let mut attachment = Attachment::new(half, session, common.polling);
     let ended = attachment.run(common.stop);
+    // Nobody joins a claim that ends.
+    drop(joinable);
     match ended {
         Ended::Released => info!("{name}: released by {claimant}"),
         Ended::Stopped => info!("{name}: taken from {claimant}: the device server ends"),
@@ -308,6 +335,48 @@ fn attach(
         ),
     }
     Ok(())
+}
+
+/// One connection that is to be a lane of a claim that there is.
+fn join(
+    request: JoinRequest,
+    peer: SocketAddr,
+    refusals: &Refusals,
+    common: &Common<'_>,
+) -> Result<(), FabricError> {
+    let (team, lane) = match common.teams.join(request.join()) {
+        Ok(joined) => joined,
+        Err(error) => {
+            let text = error.to_string();
+            if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), None, &text) {
+                warn!("{peer} may not join a claim: {text}{left_out}");
+            }
+            let code = match error {
+                CannotJoin::Unknown => RefusalCode::NotReady,
+                _ => RefusalCode::Malformed,
+            };
+            return request.refuse(code, &text);
+        }
+    };
+    let number = request.join().place.lane;
+    let serve = || {
+        let granted = request.grant()?;
+        let (link, provider) = granted.describe_by(team.description.clone(), common.providers)?;
+        lane.begin(Session::new(link))?;
+        info!("{}: lane {number} is {peer}, over {provider}", team.name);
+        Ok(lane::serve(&lane, common.polling))
+    };
+    let end = serve().unwrap_or_else(|error| error);
+    lane.end(end);
+    Ok(())
+}
+
+/// A claim that cannot be divided after all.
+fn cannot_divide(error: &DeviceError) -> FabricError {
+    FabricError::Io {
+        what: "dividing the claim among lanes",
+        source: io::Error::other(error.to_string()),
+    }
 }
 
 /// What the compute side must know of the function.

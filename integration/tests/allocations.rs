@@ -93,6 +93,7 @@ impl Daemons {
             export: ExportName::new("disk0").unwrap(),
             providers: Options::tcp(),
             allow_tcp_fallback: false,
+            data_threads: 1,
         };
         let exports = Exports::new(vec![Export::new(source.export.clone(), Arc::new(drive))]);
         let manager = Manager::new(listener, exports, Polling::Adaptive).unwrap();

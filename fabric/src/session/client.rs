@@ -10,7 +10,8 @@ use super::channel::Channel;
 use super::rdma::Prepared;
 use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Message, NEWEST, OLDEST, ProtocolVersion, Side, Text,
+    Description, Epoch, ExportName, Join, JoinToken, Joined, Label, LanePlace, Message, NEWEST,
+    OLDEST, ProtocolVersion, Side, Text,
 };
 use crate::{FabricError, Link, TcpLink};
 
@@ -32,6 +33,8 @@ pub struct ClaimedLink {
     pub peer: Label,
     /// What carries the claim.
     pub provider: Choice,
+    /// Its further lanes, from lane 1 on; all of them are there.
+    pub lanes: Vec<Box<dyn Link>>,
 }
 
 /// Connects to a device server at `address` (`host:port`) and claims an export, over TCP.
@@ -55,14 +58,76 @@ pub fn claim_by(
     deadline: Duration,
     options: &Options,
 ) -> Result<ClaimedLink, FabricError> {
+    claim_lanes(address, export, label, deadline, options, 1)
+}
+
+/// As [`claim_by`], with up to so many lanes: connections, the claim's own among them. There are
+/// fewer if the device side gives fewer, or is too old to know of lanes.
+pub fn claim_lanes(
+    address: &str,
+    export: &ExportName,
+    label: &str,
+    deadline: Duration,
+    options: &Options,
+    lanes: u16,
+) -> Result<ClaimedLink, FabricError> {
     let label = Label::new(label)?;
     let mut budget = Budget::new(deadline);
     let addresses = resolve(address, &mut budget)?;
-    let stream = connect(&addresses, &mut budget)?;
+    let (channel, local) = open(&addresses, budget)?;
+    let asked = Asked::Claim {
+        export,
+        lanes: lanes.clamp(1, LanePlace::MAX),
+    };
+    let (mut claimed, granted, left) = exchange(channel, &asked, label.clone(), local, options)?;
+    // All lanes are carried by the same provider.
+    let options = match claimed.provider.provider {
+        Provider::Tcp => Options::tcp(),
+        Provider::Verbs => Options {
+            wanted: Wanted::Verbs,
+            ..options.clone()
+        },
+    };
+    let mut budget = Budget::new(left);
+    for lane in 1..granted.place.lanes {
+        let asked = Asked::Join(Join {
+            epoch: claimed.epoch,
+            place: LanePlace {
+                lane,
+                ..granted.place
+            },
+            token: granted.token,
+        });
+        let (channel, local) = open(&addresses, budget)?;
+        let (joined, _, left) = exchange(channel, &asked, label.clone(), local, &options)?;
+        if joined.description != claimed.description {
+            return Err(FabricError::violation(format!(
+                "lane {lane} is of another function than its claim"
+            )));
+        }
+        claimed.lanes.push(joined.link);
+        budget = Budget::new(left);
+    }
+    Ok(claimed)
+}
+
+/// A connection to one of the addresses, and this side's address on it.
+fn open(
+    addresses: &[SocketAddr],
+    mut budget: Budget,
+) -> Result<(Channel, Option<IpAddr>), FabricError> {
+    let stream = connect(addresses, &mut budget)?;
     let local = stream.local_addr().ok().map(|address| address.ip());
     let link = TcpLink::new(stream, Side::Compute)?;
-    let channel = Channel::new(Box::new(link), budget);
-    exchange(channel, export, label, local, options)
+    Ok((Channel::new(Box::new(link), budget), local))
+}
+
+/// What a connection is for.
+enum Asked<'a> {
+    /// A claim, with up to so many lanes.
+    Claim { export: &'a ExportName, lanes: u16 },
+    /// To be a lane of one.
+    Join(Join),
 }
 
 /// Claims an export over a link that is connected already.
@@ -74,16 +139,20 @@ pub fn claim_over(
 ) -> Result<ClaimedLink, FabricError> {
     let label = Label::new(label)?;
     let channel = Channel::new(link, Budget::new(deadline));
-    exchange(channel, export, label, None, &Options::tcp())
+    let asked = Asked::Claim { export, lanes: 1 };
+    let (claimed, ..) = exchange(channel, &asked, label, None, &Options::tcp())?;
+    Ok(claimed)
 }
 
+/// The whole of set-up on one connection. Beside what was got, which lanes there are to be, and
+/// the time that is left.
 fn exchange(
     mut channel: Channel,
-    export: &ExportName,
+    asked: &Asked<'_>,
     label: Label,
     local: Option<IpAddr>,
     options: &Options,
-) -> Result<ClaimedLink, FabricError> {
+) -> Result<(ClaimedLink, Joined, Duration), FabricError> {
     channel.send(&Message::Hello {
         oldest: OLDEST.number(),
         newest: NEWEST.number(),
@@ -93,18 +162,30 @@ fn exchange(
         Message::Welcome { version, label } => (version, label),
         other => return Err(unexpected(other, "Welcome")),
     };
-    channel.send(&Message::Claim {
-        export: export.clone(),
-    })?;
-    let (epoch, shadow_len, tags) = match channel.receive("the claim of the export")? {
-        Message::Claimed {
-            epoch,
-            shadow_len,
-            tags,
-        } => (epoch, shadow_len, tags),
-        other => return Err(unexpected(other, "Claimed")),
+    let (granted, lanes) = match asked {
+        Asked::Claim { export, lanes } => {
+            let granted = ask_for_claim(&mut channel, export)?;
+            channel.link().set_epoch(granted.epoch);
+            let lanes = if version < ProtocolVersion::V3 {
+                1
+            } else {
+                *lanes
+            };
+            let joined = ask_for_lanes(&mut channel, granted.epoch, lanes)?;
+            (granted, joined)
+        }
+        Asked::Join(join) => {
+            let joined = ask_to_join(&mut channel, *join)?;
+            channel.link().set_epoch(join.epoch);
+            let granted = Granted {
+                epoch: join.epoch,
+                shadow_len: 0,
+                tags: 0,
+            };
+            (granted, joined)
+        }
     };
-    channel.link().set_epoch(epoch);
+    let epoch = granted.epoch;
     let (prepared, provider) = choose(&mut channel, version, local, options)?;
     channel.send(&Message::Describe)?;
     let description = match channel.receive("the description of the function")? {
@@ -118,16 +199,81 @@ fn exchange(
         }
         None => channel.into_link(),
     };
-    Ok(ClaimedLink {
+    let claimed = ClaimedLink {
         link,
         epoch,
-        shadow_len,
-        tags,
+        shadow_len: granted.shadow_len,
+        tags: granted.tags,
         description,
         version,
         peer,
         provider,
-    })
+        lanes: Vec::new(),
+    };
+    Ok((claimed, lanes, left))
+}
+
+/// What a claim comes with.
+struct Granted {
+    epoch: Epoch,
+    shadow_len: u32,
+    tags: u16,
+}
+
+fn ask_for_claim(channel: &mut Channel, export: &ExportName) -> Result<Granted, FabricError> {
+    channel.send(&Message::Claim {
+        export: export.clone(),
+    })?;
+    match channel.receive("the claim of the export")? {
+        Message::Claimed {
+            epoch,
+            shadow_len,
+            tags,
+        } => Ok(Granted {
+            epoch,
+            shadow_len,
+            tags,
+        }),
+        other => Err(unexpected(other, "Claimed")),
+    }
+}
+
+/// Asks for lanes beside the claim's own connection, if more than one are wanted.
+fn ask_for_lanes(channel: &mut Channel, epoch: Epoch, lanes: u16) -> Result<Joined, FabricError> {
+    let none = Joined {
+        place: LanePlace::ONLY,
+        token: JoinToken::NONE,
+    };
+    if lanes <= 1 {
+        return Ok(none);
+    }
+    ask_to_join(
+        channel,
+        Join {
+            epoch,
+            place: LanePlace { lane: 0, lanes },
+            token: JoinToken::NONE,
+        },
+    )
+}
+
+fn ask_to_join(channel: &mut Channel, join: Join) -> Result<Joined, FabricError> {
+    channel.send(&Message::Join(join))?;
+    let joined = match channel.receive("the lanes of the claim")? {
+        Message::Joined(joined) => joined,
+        other => return Err(unexpected(other, "Joined")),
+    };
+    let LanePlace { lane, lanes } = joined.place;
+    let of_claim = join.place.lane == 0;
+    let as_asked = lane == join.place.lane
+        && (lanes == join.place.lanes || of_claim && lanes < join.place.lanes);
+    if !as_asked {
+        return Err(FabricError::violation(format!(
+            "the answer to {:?} is {:?}",
+            join.place, joined.place
+        )));
+    }
+    Ok(joined)
 }
 
 /// Agrees with the device side on what carries the claim.

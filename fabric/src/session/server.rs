@@ -13,8 +13,8 @@ use super::channel::Channel;
 use super::rdma::Prepared;
 use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Message, NEWEST, OLDEST, ProtocolVersion, RdmaEndpoint,
-    RefusalCode, Side, Text, negotiate,
+    Description, Epoch, ExportName, Join, JoinToken, Joined, Label, LanePlace, Message, NEWEST,
+    OLDEST, ProtocolVersion, RdmaEndpoint, RefusalCode, Side, Text, negotiate,
 };
 use crate::{FabricError, Link, TcpLink};
 
@@ -27,6 +27,8 @@ pub struct Incoming {
 pub enum Request {
     /// An export.
     Claim(ClaimRequest),
+    /// To be a lane of a claim that there is.
+    Join(JoinRequest),
 }
 
 /// A peer that waits for the answer to its claim.
@@ -35,10 +37,18 @@ pub struct ClaimRequest {
     export: ExportName,
 }
 
-/// A peer that has its claim.
+/// A peer that waits for the answer to its wish to join a claim.
+pub struct JoinRequest {
+    session: Session,
+    join: Join,
+}
+
+/// A peer that has its claim, or its place in one.
 pub struct Granted {
     session: Session,
     epoch: Epoch,
+    /// A message that was received and not acted on yet.
+    next: Option<Message>,
 }
 
 /// What all states have.
@@ -119,6 +129,14 @@ impl Incoming {
                 session: self.session,
                 export,
             })),
+            Message::Join(join)
+                if join.place.lane > 0 && self.session.version >= ProtocolVersion::V3 =>
+            {
+                Ok(Request::Join(JoinRequest {
+                    session: self.session,
+                    join,
+                }))
+            }
             other => Err(unexpected(channel, &other, "Claim")),
         }
     }
@@ -163,11 +181,70 @@ impl ClaimRequest {
         Ok(Granted {
             session: self.session,
             epoch,
+            next: None,
+        })
+    }
+}
+
+impl JoinRequest {
+    /// What is asked for: the caller says whether there is such a claim, whether this is its token,
+    /// and whether the place is free.
+    pub fn join(&self) -> &Join {
+        &self.join
+    }
+
+    /// Sends the peer away.
+    pub fn refuse(mut self, code: RefusalCode, text: &str) -> Result<(), FabricError> {
+        refuse(&mut self.session.channel, code, text)
+    }
+
+    /// Makes the connection the lane that it asks to be.
+    pub fn grant(mut self) -> Result<Granted, FabricError> {
+        let channel = &mut self.session.channel;
+        channel.send(&Message::Joined(Joined {
+            place: self.join.place,
+            token: JoinToken::NONE,
+        }))?;
+        channel.link().set_epoch(self.join.epoch);
+        Ok(Granted {
+            session: self.session,
+            epoch: self.join.epoch,
+            next: None,
         })
     }
 }
 
 impl Granted {
+    /// Waits for the peer's next message; how many lanes it wants, its own connection among them,
+    /// if it asks for lanes. Then it waits for [`Self::give_lanes`].
+    pub fn wanted_lanes(&mut self) -> Result<Option<u16>, FabricError> {
+        match receive(&mut self.session.channel, "the peer's next request")? {
+            Message::Join(Join { epoch, place, .. })
+                if place.lane == 0
+                    && epoch == self.epoch
+                    && self.session.version >= ProtocolVersion::V3 =>
+            {
+                Ok(Some(place.lanes))
+            }
+            other @ Message::Join(_) => Err(unexpected(
+                &mut self.session.channel,
+                &other,
+                "a wish for lanes",
+            )),
+            other => {
+                self.next = Some(other);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Answers a wish for lanes: how many there are, and what the others join with.
+    pub fn give_lanes(&mut self, lanes: u16, token: JoinToken) -> Result<(), FabricError> {
+        let place = LanePlace { lane: 0, lanes };
+        let joined = Message::Joined(Joined { place, token });
+        self.session.channel.send(&joined)
+    }
+
     /// Answers the peer's question what the function is, and ends set-up. The link admits
     /// frames of the claim's epoch only. It is the TCP connection.
     pub fn describe(self, description: Description) -> Result<Box<dyn Link>, FabricError> {
@@ -182,7 +259,10 @@ impl Granted {
         options: &Options,
     ) -> Result<(Box<dyn Link>, Choice), FabricError> {
         let (mut prepared, mut why) = (None, "as the compute agent asked".to_owned());
-        let mut asked = receive(&mut self.session.channel, "the peer's next request")?;
+        let mut asked = match self.next.take() {
+            Some(message) => message,
+            None => receive(&mut self.session.channel, "the peer's next request")?,
+        };
         let may_offer = self.session.version >= ProtocolVersion::V2;
         if let (Message::RdmaOffer(peer), true) = (&asked, may_offer) {
             match self.answer(*peer, options)? {

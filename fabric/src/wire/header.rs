@@ -66,6 +66,10 @@ kinds! {
     Description = 0x07, 24 + 256, MAX_CONTROL as u32;
     /// The engine's part of the description has changed.
     EngineNotice = 0x08, 4, 4 + 32 * 1024;
+    /// Asks for lanes, or to be one.
+    Join = 0x0d, 32, 32;
+    /// The lanes are there, or the connection is one.
+    Joined = 0x0e, 24, 24;
     /// Reads config space.
     ConfigRead = 0x10, 8, 8;
     /// Writes config space; posted.

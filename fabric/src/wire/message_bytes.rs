@@ -3,8 +3,9 @@
 use super::bounded::utf8;
 use super::codec::{Put, Reader, in_range};
 use super::{
-    Data, Description, Epoch, ExportName, FaultCode, Header, InterruptKind, Kind, Label, MAGIC,
-    Message, ProtocolVersion, RdmaEndpoint, RdmaKey, RefusalCode, RequestId, Text, WireError,
+    Data, Description, Epoch, ExportName, FaultCode, Header, InterruptKind, Join, Joined, Kind,
+    Label, MAGIC, Message, ProtocolVersion, RdmaEndpoint, RdmaKey, RefusalCode, RequestId, Text,
+    WireError,
 };
 
 impl Message {
@@ -50,6 +51,8 @@ impl Message {
                 out.put_u32(blob.len() as u32);
                 out.put_bytes(blob);
             }
+            Message::Join(join) => join.encode(out),
+            Message::Joined(joined) => joined.encode(out),
             Message::ConfigRead {
                 request,
                 offset,
@@ -188,6 +191,8 @@ impl Message {
                     blob: reader.bytes(len as usize)?.to_vec(),
                 }
             }
+            Kind::Join => Message::Join(Join::decode(reader)?),
+            Kind::Joined => Message::Joined(Joined::decode(reader)?),
             Kind::ConfigRead => Message::ConfigRead {
                 request: RequestId(reader.u32()?),
                 offset: reader.u16()?,

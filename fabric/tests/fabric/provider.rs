@@ -42,7 +42,10 @@ fn server(options: Options) -> (String, JoinHandle<Served>) {
     let address = listener.local_addr().unwrap().to_string();
     let serve = move || {
         let stream = listener.accept().unwrap().0;
-        let Request::Claim(claim) = Incoming::handshake(stream, "server", LONG)?.next_request()?;
+        let Request::Claim(claim) = Incoming::handshake(stream, "server", LONG)?.next_request()?
+        else {
+            panic!("no claim");
+        };
         claim
             .grant(EPOCH, 1 << 20, 64)?
             .describe_by(description(), &options)

@@ -54,6 +54,7 @@ fn listener() -> (TcpListener, String) {
 fn next_claim(stream: TcpStream, deadline: Duration) -> Result<ClaimRequest, FabricError> {
     match Incoming::handshake(stream, "server", deadline)?.next_request()? {
         Request::Claim(request) => Ok(request),
+        Request::Join(request) => panic!("it wants to join: {:?}", request.join()),
     }
 }
 
@@ -79,7 +80,9 @@ fn a_claim_yields_what_the_server_grants_and_a_link_of_that_epoch() {
         let incoming = Incoming::handshake(listener.accept().unwrap().0, "server", LONG).unwrap();
         assert_eq!(incoming.peer().as_str(), "agent");
         assert_eq!(incoming.version(), ProtocolVersion::V3);
-        let Request::Claim(request) = incoming.next_request().unwrap();
+        let Request::Claim(request) = incoming.next_request().unwrap() else {
+            panic!("no claim");
+        };
         assert_eq!(request.export(), &export());
         let granted = request.grant(EPOCH, 1 << 20, 64).unwrap();
         granted.describe(description()).unwrap()

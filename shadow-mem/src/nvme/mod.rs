@@ -10,5 +10,6 @@ pub mod device;
 pub mod identify;
 pub mod prp;
 pub mod ring;
+pub mod share;
 mod slots;
 pub mod transfer;

@@ -55,7 +55,10 @@ pub(crate) fn options() -> Options {
 
 /// The device side of a connection that has come in.
 pub(crate) fn accept(stream: TcpStream, epoch: u64) -> Result<End, FabricError> {
-    let Request::Claim(claim) = Incoming::handshake(stream, "check", PATIENCE)?.next_request()?;
+    let request = Incoming::handshake(stream, "check", PATIENCE)?.next_request()?;
+    let Request::Claim(claim) = request else {
+        return Err(FabricError::Closed);
+    };
     let description = Description {
         config: vec![0; Description::MIN_CONFIG],
         regions: Vec::new(),

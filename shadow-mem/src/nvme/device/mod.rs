@@ -9,7 +9,10 @@ mod arena;
 mod complete;
 mod controller;
 mod host_memory;
+mod lane;
+mod lanes;
 mod probe;
+mod queues;
 mod segments;
 mod settings;
 mod submit;
@@ -21,9 +24,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farbus_fabric::wire::{
-    CompleteBatch, Data, FaultCode, Header, Kind, Message, RequestId, Submit, Text, WireError,
+    Data, FaultCode, Header, Kind, Message, RequestId, Submit, Text, WireError,
 };
-use farbus_fabric::{FabricError, RemoteSpan, Sink, Span};
+use farbus_fabric::{FabricError, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
@@ -34,12 +37,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::arena::Arena;
 use self::controller::Controller;
-use self::segments::Segments;
+pub use self::lane::{Lane, Round};
+use self::lanes::Lanes;
+use self::queues::Io;
 pub use self::settings::Settings;
-use self::tags::Tags;
 use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
-use super::ring::CompletionCursor;
-use super::slots::Slots;
 use crate::session::Session;
 use crate::shadow::shared_memory;
 
@@ -112,33 +114,18 @@ pub enum DeviceError {
     Controller(String),
 }
 
-/// A submission queue of the device.
-struct SubmissionQueue {
-    size: u32,
-    tail: u32,
-    outstanding: u32,
-    completion_queue: u16,
-    /// Entries were placed that the doorbell does not tell of yet.
-    dirty: bool,
-}
-
 /// One claim's hold on an NVMe function. Dropping it resets the function and takes its memory
 /// away.
 pub struct DeviceHalf {
     function: Arc<dyn Function>,
     description: NvmeDescription,
     settings: Settings,
-    arena: Arena,
-    shadow: DmaWindow,
+    io: Io,
+    lanes: Lanes,
     host_memory: Option<DmaWindow>,
     limits: Limits,
-    tags: Tags,
-    submission: Slots<SubmissionQueue>,
-    completion: Slots<CompletionCursor>,
     controller: Controller,
     vectors: u32,
-    /// Completions of commands that were never sent.
-    strays: u64,
     event: Arc<EventFd>,
     /// See [`Self::look_at_queues`].
     is_looked_at: bool,
@@ -146,11 +133,6 @@ pub struct DeviceHalf {
     gone: Option<String>,
     /// Answers and updates to be sent: see [`Self::is_backlogged`].
     outbox: VecDeque<Message>,
-    batch: CompleteBatch,
-    payload: Vec<Span>,
-    /// Where the payload goes, on a one-sided link.
-    remote: Vec<RemoteSpan>,
-    segments: Segments,
 }
 
 impl DeviceHalf {
@@ -193,8 +175,11 @@ impl DeviceHalf {
             Arena::new(arena_base, MAX_QUEUE_PAIRS, limits.tags).map_err(DeviceError::Memory)?;
         let event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Memory)?);
         let events = vec![Some(event.clone()); vectors as usize];
+        let controller = Controller::new(function.clone())?;
         let mut half = Self {
-            controller: Controller::new(function.clone())?,
+            io: Io::new(controller.doorbells(), Arc::new(arena), shadow, &limits),
+            lanes: Lanes::none(event.clone()),
+            controller,
             description: NvmeDescription {
                 cap: 0,
                 vs: 0,
@@ -203,27 +188,17 @@ impl DeviceHalf {
                 namespaces: super::description::Namespaces::default(),
             },
             settings: Settings::default(),
-            arena,
-            shadow,
             host_memory: None,
             limits,
-            tags: Tags::new(limits.tags),
-            submission: Slots::new(MAX_QUEUE_PAIRS + 1),
-            completion: Slots::new(MAX_QUEUE_PAIRS + 1),
             vectors,
-            strays: 0,
             event,
             is_looked_at: false,
             gone: None,
             outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
-            batch: CompleteBatch::new(),
-            payload: Vec::with_capacity(MAX_SPANS),
-            remote: Vec::with_capacity(MAX_SPANS),
-            segments: Segments::new(limits.shadow_len),
             function,
         };
-        half.function.map_dma(&half.shadow)?;
-        half.function.map_dma(&half.arena.window())?;
+        half.function.map_dma(&half.io.shadow)?;
+        half.function.map_dma(&half.io.arena.window())?;
         half.function.set_interrupts(kind, 0, &events)?;
         half.probe(settings)?;
         Ok(half)
@@ -247,7 +222,7 @@ impl DeviceHalf {
 
     /// The buffer shadow, as the device sees it.
     pub fn shadow(&self) -> &DmaWindow {
-        &self.shadow
+        &self.io.shadow
     }
 
     /// Is signalled with the device's interrupts; [`Self::pump`] then. Nobody needs to read it
@@ -278,6 +253,9 @@ impl DeviceHalf {
     /// Sends answers, updates, what the device has completed, and whatever else waited for the
     /// network.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
+        if !self.lanes.is_empty() {
+            self.hear_lanes()?;
+        }
         self.send_outbox(session)?;
         self.send_completions(session)?;
         // The device may have turned out to be gone meanwhile.
@@ -316,6 +294,7 @@ impl DeviceHalf {
             controller::Update::None => {}
             controller::Update::Started => {
                 self.lend_host_memory();
+                self.tell_lanes(true);
                 self.push_status();
             }
             controller::Update::Stopped => {
@@ -325,6 +304,7 @@ impl DeviceHalf {
             controller::Update::Status => self.push_status(),
             controller::Update::Failed { code, text } => {
                 warn!("{}: {text}", self.function.info().label);
+                self.halt_lanes();
                 if code == FaultCode::Gone {
                     self.gone = Some(text.clone());
                 }
@@ -349,12 +329,8 @@ impl DeviceHalf {
 
     /// The controller has stopped: nothing is at the device any more.
     fn forget_commands(&mut self) {
-        self.tags.clear();
-        self.submission.clear();
-        self.completion.clear();
-        self.batch.clear();
-        self.payload.clear();
-        self.remote.clear();
+        self.io.forget_commands();
+        self.tell_lanes(false);
     }
 
     fn register_write(&mut self, region: u8, offset: u64, data: &[u8]) {
@@ -418,7 +394,7 @@ impl Sink for DeviceHalf {
         spans: &mut Vec<Span>,
     ) -> Result<(), FabricError> {
         for entry in Submit::decode(header, control)?.entries() {
-            self.landing(&entry.placement, spans)?;
+            self.io.landing(&entry.placement, spans)?;
         }
         Ok(())
     }
@@ -466,6 +442,7 @@ impl Sink for DeviceHalf {
 impl Drop for DeviceHalf {
     /// The order matters: a function that is reset does no more DMA, so its memory can go.
     fn drop(&mut self) {
+        self.close_lanes();
         let label = &self.function.info().label;
         if let Err(error) = self.controller.stop_now() {
             warn!("{label}: could not be disabled: {error}");
@@ -482,8 +459,11 @@ impl Drop for DeviceHalf {
                 break;
             }
         }
-        let arena = self.arena.window();
-        for window in [&self.shadow, &arena].into_iter().chain(&self.host_memory) {
+        let arena = self.io.arena.window();
+        for window in [&self.io.shadow, &arena]
+            .into_iter()
+            .chain(&self.host_memory)
+        {
             if let Err(error) = self.function.unmap_dma(window.iova, window.len as u64) {
                 warn!("{label}: could not take memory back: {error}");
             }
