@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use farbus_fabric::FabricError;
 use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::session::ClaimedLink;
-use farbus_fabric::wire::ExportName;
+use farbus_fabric::wire::{ExportName, LanePlace};
 use farbus_rest::logging::LogFormat;
 use farbus_shadow_mem::limits::LimitSpec;
 use farbus_shadow_mem::polling::Polling;
@@ -138,6 +138,11 @@ struct AttachArgs {
     /// while that pays; always never sleeps; never sleeps at once.
     #[arg(long, value_name = "POLICY", default_value_t, value_parser = poll_parser())]
     poll: Polling,
+    /// Data threads of the attachment, each with its share of the guest's I/O queues and a connection
+    /// of its own: a number, or auto (half of this host's processors, 4 at most). The device server
+    /// may give fewer. For --vfio-user.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_data_threads, conflicts_with_all = ["vhost_user_blk", "fd"])]
+    data_threads: u16,
     /// Print the ready line as a JSON object; a failure before that, too.
     #[arg(long)]
     json: bool,
@@ -152,6 +157,21 @@ fn parse_export_name(name: &str) -> Result<ExportName, String> {
 
 fn log_format_parser() -> impl TypedValueParser<Value = LogFormat> {
     PossibleValuesParser::new(LogFormat::NAMES).try_map(|name| name.parse())
+}
+
+/// Threads that `auto` makes at most: a connection that a core fills carries what most drives can.
+const AUTO_THREADS: usize = 4;
+
+fn parse_data_threads(word: &str) -> Result<u16, String> {
+    if word == "auto" {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        return Ok((cores / 2).clamp(1, AUTO_THREADS) as u16);
+    }
+    let most = LanePlace::MAX;
+    match word.parse() {
+        Ok(threads) if (1..=most).contains(&threads) => Ok(threads),
+        _ => Err(format!("use a number from 1 to {most}, or auto")),
+    }
 }
 
 fn poll_parser() -> impl TypedValueParser<Value = Polling> {
@@ -243,6 +263,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         },
         allow_tcp_fallback: args.allow_tcp_fallback,
         limits: args.limit.unwrap_or_default().rates(),
+        data_threads: args.data_threads,
     };
     let deadline = Duration::from_secs(args.connect_timeout);
     let remote = claim_at_start(args, &mut source, deadline)

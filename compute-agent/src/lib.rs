@@ -5,6 +5,7 @@
 //! - [`cli`]: the command line.
 //! - [`daemon`]: the agent as a service.
 //! - [`worker`]: one attachment's event loop, which joins the endpoint and the link.
+//! - [`lanes`]: its further data threads, if it has several.
 //! - [`reconnect`]: how a lost link is replaced.
 //! - [`upkeep`]: what an event loop does to keep its link.
 //! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
@@ -19,7 +20,9 @@ pub mod custody;
 pub mod daemon;
 pub mod guest_memory;
 pub mod hotplug;
+pub mod lanes;
 pub mod reconnect;
+mod timer;
 pub mod upkeep;
 pub mod vfio_user;
 pub mod vhost_user;

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use farbus_fabric::FabricError;
 use farbus_fabric::provider::{self, Provider, Wanted};
-use farbus_fabric::session::{ClaimedLink, client};
+use farbus_fabric::session::ClaimedLink;
+use farbus_fabric::session::client::{self, Wish};
 use farbus_fabric::wire::{ExportName, RateLimits};
 use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
@@ -34,6 +35,8 @@ pub struct Source {
     pub allow_tcp_fallback: bool,
     /// What this side wants to be held to.
     pub limits: RateLimits,
+    /// Data threads, each with a connection of its own, at most.
+    pub data_threads: u16,
 }
 
 impl Source {
@@ -41,13 +44,21 @@ impl Source {
     /// should not become slow without a word.
     pub fn claim(&mut self, deadline: Duration) -> Result<ClaimedLink, FabricError> {
         let (address, export) = (&self.address, &self.export);
-        let wanted = (export, self.limits);
-        let claimed = client::claim_limited(address, wanted, &label(), deadline, &self.providers)?;
+        let wish = Wish {
+            export,
+            limits: self.limits,
+            lanes: self.data_threads,
+        };
+        let claimed = client::claim_as(address, &wish, &label(), deadline, &self.providers)?;
         info!(
-            "claimed export {} of {address} ({}) over {}",
+            "claimed export {} of {address} ({}) over {}{}",
             export.as_str(),
             claimed.epoch,
-            claimed.provider
+            claimed.provider,
+            match claimed.lanes.len() {
+                0 => String::new(),
+                more => format!(", by {} connections", more + 1),
+            }
         );
         if claimed.provider.provider == Provider::Verbs && !self.allow_tcp_fallback {
             self.providers.wanted = Wanted::Verbs;

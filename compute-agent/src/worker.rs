@@ -5,7 +5,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use event_manager::{
@@ -14,13 +14,12 @@ use event_manager::{
 use farbus_shadow_mem::polling::{Polling, Waiter};
 use farbus_shadow_mem::remote::RemoteFunction;
 use log::error;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
+use crate::lanes::LaneThreads;
 use crate::reconnect::Source;
+use crate::timer::Timer;
 use crate::upkeep::{TICK, Upkeep, signals};
 use crate::vfio_user::Endpoint;
 
@@ -83,10 +82,12 @@ pub struct Worker {
     /// A new link has been claimed.
     claimed: Flag,
     link_ready: Flag,
+    /// Another lane has something for this thread.
+    _lanes_event: EventFd,
+    /// The other data threads.
+    _threads: LaneThreads,
     /// Goes off when an interrupt has been held back for long enough.
-    timer: OwnedFd,
-    /// When that is.
-    timer_set: Option<Instant>,
+    timer: Timer,
 }
 
 impl Worker {
@@ -98,19 +99,20 @@ impl Worker {
         polling: Polling,
     ) -> anyhow::Result<Self> {
         remote.look_for_doorbells();
-        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-        let timer =
-            timerfd_create(TimerfdClockId::Monotonic, flags).context("a timer cannot be made")?;
+        let timer = Timer::new()?;
+        let lanes = remote.lanes_event()?;
+        let threads = LaneThreads::start(&remote, polling).context("no data thread can be made")?;
         let signals = signals()?;
         let upkeep = Upkeep::new(remote.clone(), source, 0)?;
-        let [link_ready, ended, claimed, gone_off] = <[Flag; 4]>::default();
+        let [link_ready, ended, claimed, woken] = <[Flag; 4]>::default();
         let mut manager = EventManager::new().context("the event loop cannot be made")?;
         // Each time that the timer goes off is an event, so that nobody has to read it.
         let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
         for (fd, flag, set) in [
             (signals.as_raw_fd(), &ended, EventSet::IN),
             (upkeep.done().as_raw_fd(), &claimed, EventSet::IN),
-            (timer.as_raw_fd(), &gone_off, once),
+            (timer.as_raw_fd(), &woken, once),
+            (lanes.as_raw_fd(), &woken, once),
         ] {
             let id = manager.add_subscriber(Subscriber::Flag(flag.clone()));
             let added = manager.event_ops(id)?.add(Events::new_raw(fd, set));
@@ -129,7 +131,8 @@ impl Worker {
             claimed,
             link_ready,
             timer,
-            timer_set: None,
+            _lanes_event: lanes,
+            _threads: threads,
         };
         worker.look_after_link()?;
         Ok(worker)
@@ -175,35 +178,12 @@ impl Worker {
         if looking {
             return self.manager.run_with_timeout(0).context(failed);
         }
-        self.set_timer()?;
+        self.timer.set(self.remote.due())?;
         let asleep = Instant::now();
         let left = due.saturating_duration_since(asleep);
         let events = self.manager.run_with_timeout(left.as_millis() as i32 + 1);
         self.waiter.slept(asleep.elapsed());
         events.context(failed)
-    }
-
-    /// Has the timer go off when an interrupt that is held back is due.
-    fn set_timer(&mut self) -> anyhow::Result<()> {
-        let due = self.remote.due();
-        if due == self.timer_set {
-            return Ok(());
-        }
-        self.timer_set = due;
-        // No time at all would stop the timer.
-        let soon = Duration::from_nanos(1);
-        let left = due.map(|due| due.saturating_duration_since(Instant::now()).max(soon));
-        let left = left.unwrap_or_default();
-        let once = Itimerspec {
-            it_interval: Timespec::default(),
-            it_value: Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: left.subsec_nanos().into(),
-            },
-        };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)
-            .context("the timer cannot be set")?;
-        Ok(())
     }
 
     /// Replaces a link that was lost, and goes on over the new one.

@@ -15,11 +15,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::exports::{Counts, Tally};
+use crate::liveness::Liveness;
 
-/// Silence after which the claimant is taken for dead. A live one says something every second.
-const SILENCE: Duration = Duration::from_secs(5);
-/// A second without a word from this side is followed by one.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// Messages received before other work has its turn.
 const RECEIVE_BURST: usize = 64;
 /// Looks at link and function between two at everything else.
@@ -55,12 +52,7 @@ pub enum Ended {
 pub struct Attachment {
     half: DeviceHalf,
     session: Session,
-    /// Bytes received by the last look, and when there last were more than before.
-    received: u64,
-    heard: Instant,
-    /// Bytes sent by the last look for that, and when it was.
-    sent: u64,
-    spoke: Instant,
+    liveness: Liveness,
     ticked: Instant,
     /// More may have arrived than was received: the link need not become readable for it.
     more: bool,
@@ -86,10 +78,7 @@ impl Attachment {
         Self {
             half,
             session,
-            received: 0,
-            heard: now,
-            sent: 0,
-            spoke: now,
+            liveness: Liveness::new(now),
             ticked: now,
             more: false,
             waiter: Waiter::new(polling),
@@ -197,11 +186,11 @@ impl Attachment {
 
     /// Adds to the tally what was done since the last time.
     fn count(&mut self) {
-        let counters = self.session.counters();
+        let (own, lanes) = (self.session.counters(), self.half.carried_by_lanes());
         let now = Counts {
             commands: self.half.commands(),
-            bytes_received: counters.bytes_received,
-            bytes_sent: counters.bytes_sent,
+            bytes_received: own.bytes_received + lanes.bytes_received,
+            bytes_sent: own.bytes_sent + lanes.bytes_sent,
         };
         self.tally.add(self.counted, now);
         self.counted = now;
@@ -305,35 +294,20 @@ impl Attachment {
             self.half.tick();
             self.half.pump(&mut self.session)?;
         }
-        let received = self.session.counters().bytes_received;
-        if received != self.received {
-            self.received = received;
-            self.heard = now;
-        }
-        if now >= self.spoke + SIGN_OF_LIFE {
-            self.spoke = now;
+        let speak = self.liveness.look(now, &self.session.counters())?;
+        if speak {
             self.count();
-            let sent = self.session.counters().bytes_sent;
-            // A claimant that is sending something large over a slow network waits for none.
-            if sent == self.sent && !self.session.is_congested() {
-                self.session.send(&Message::Ping { nonce: 0 })?;
-            }
-            self.sent = sent;
         }
-        if now > self.heard + SILENCE {
-            return Err(FabricError::Timeout {
-                what: "a sign of life of the compute agent",
-                after: SILENCE,
-            });
+        // A claimant that is sending something large over a slow network waits for none.
+        if speak && !self.session.is_congested() {
+            self.session.send(&Message::Ping { nonce: 0 })?;
         }
         Ok(())
     }
 
     /// Milliseconds until time brings something.
     fn timeout(&self) -> i32 {
-        let due = (self.ticked + self.half.next_tick())
-            .min(self.heard + SILENCE)
-            .min(self.spoke + SIGN_OF_LIFE);
+        let due = (self.ticked + self.half.next_tick()).min(self.liveness.due());
         let now = Instant::now();
         let left = due.saturating_duration_since(now).as_millis() as i32 + 1;
         match self.half.due() {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use farbus_fabric::FabricError;
 use farbus_fabric::provider;
-use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
+use farbus_fabric::session::server::{ClaimRequest, Incoming, JoinRequest, Request};
 use farbus_fabric::wire::{Description, EngineKind, InterruptCounts, RefusalCode, Region};
 use farbus_shadow_mem::nvme::device::{DeviceError, DeviceHalf, Limits};
 use farbus_shadow_mem::polling::Polling;
@@ -26,6 +26,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attachment::{Attachment, Ended};
 use crate::exports::{Claim, ClaimError, Exports};
+use crate::lane;
+use crate::lanes::{CannotJoin, Teams};
 use crate::refusals::Refusals;
 
 /// How long a peer may take from connecting to the end of set-up.
@@ -52,6 +54,7 @@ pub struct Manager {
     exports: Exports,
     providers: Arc<provider::Options>,
     refusals: Arc<Refusals>,
+    teams: Teams,
     polling: Polling,
     stop: Arc<EventFd>,
 }
@@ -80,6 +83,7 @@ impl Manager {
             exports,
             providers: Arc::default(),
             refusals: Arc::default(),
+            teams: Teams::default(),
             polling,
             stop: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
@@ -157,6 +161,7 @@ impl Manager {
         let (exports, stop) = (self.exports.clone(), self.stop.clone());
         let providers = self.providers.clone();
         let refusals = self.refusals.clone();
+        let teams = self.teams.clone();
         let polling = self.polling;
         let claimed = Arc::new(AtomicBool::new(false));
         let claims = claimed.clone();
@@ -164,6 +169,7 @@ impl Manager {
             let _served = served;
             let common = Common {
                 providers: &providers,
+                teams: &teams,
                 polling,
                 stop: &stop,
             };
@@ -204,8 +210,10 @@ fn serve(
 ) -> Result<(), FabricError> {
     let label = concat!("farbus-device-server ", env!("CARGO_PKG_VERSION"));
     let incoming = Incoming::handshake(stream, label, SETUP_DEADLINE)?;
-    let Some(request) = answer_until_claim(incoming, exports)? else {
-        return Ok(());
+    let request = match answer_questions(incoming, exports)? {
+        Some(Request::Claim(request)) => request,
+        Some(Request::Join(request)) => return join(request, peer, refusals, common),
+        Some(Request::List(_)) | None => return Ok(()),
     };
     let claimant = format!("{} at {peer}", request.peer());
     let name = request.export().as_str().to_owned();
@@ -251,23 +259,23 @@ fn serve(
     attach(request, &claim, function, &peer, common)
 }
 
-/// Tells the peer what there is as often as it asks, until it claims. A peer that only wanted to
-/// know closes the connection, which is no error.
-fn answer_until_claim(
+/// Tells the peer what there is as often as it asks, until it wants something else. A peer that only
+/// wanted to know closes the connection, which is no error.
+fn answer_questions(
     mut incoming: Incoming,
     exports: &Exports,
-) -> Result<Option<ClaimRequest>, FabricError> {
+) -> Result<Option<Request>, FabricError> {
     for asked in 0..MAX_QUESTIONS {
         let request = match incoming.next_request() {
             Err(FabricError::Closed) if asked > 0 => return Ok(None),
             request => request?,
         };
         match request {
-            Request::Claim(request) => return Ok(Some(request)),
             Request::List(request) => {
                 let listed = exports.list(request.after());
                 incoming = request.answer(listed)?;
             }
+            other => return Ok(Some(other)),
         }
     }
     let text = format!("asked {MAX_QUESTIONS} times what there is; connect again");
@@ -278,6 +286,7 @@ fn answer_until_claim(
 /// What all attachments have in common.
 struct Common<'a> {
     providers: &'a provider::Options,
+    teams: &'a Teams,
     polling: Polling,
     stop: &'a EventFd,
 }
@@ -325,9 +334,22 @@ fn attach(
         }
     };
     claim.tally().claims.fetch_add(1, Ordering::Relaxed);
-    let rates = claim.export().limits().lower_of(request.limits());
-    half.limit(rates);
-    let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
+    half.limit(claim.export().limits().lower_of(request.limits()));
+    let mut granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
+    let mut joinable = None;
+    if let Some(wanted) = granted.wanted_lanes()? {
+        let lanes = half.possible_lanes(wanted);
+        let others = half.divide(lanes).map_err(|error| cannot_divide(&error))?;
+        let open = common
+            .teams
+            .open(name.into(), claim.epoch(), description.clone(), others)
+            .map_err(|source| FabricError::Io {
+                what: "making a token",
+                source,
+            })?;
+        granted.give_lanes(lanes, open.token)?;
+        joinable = Some(open);
+    }
     let (link, provider) = granted.describe_by(description, common.providers)?;
     let mut session = Session::new(link);
     session.register(half.shadow(), 0)?;
@@ -338,6 +360,8 @@ fn attach(
     );
     let mut attachment = Attachment::new(half, session, common.polling, claim.tally().clone());
     let ended = attachment.run(common.stop, claim.evict());
+    // Nobody joins a claim that ends.
+    drop(joinable);
     claim.ending();
     match ended {
         Ended::Released => info!("{name}: released by {claimant}"),
@@ -355,6 +379,48 @@ fn attach(
         ),
     }
     Ok(())
+}
+
+/// One connection that is to be a lane of a claim that there is.
+fn join(
+    request: JoinRequest,
+    peer: SocketAddr,
+    refusals: &Refusals,
+    common: &Common<'_>,
+) -> Result<(), FabricError> {
+    let (team, lane) = match common.teams.join(request.join()) {
+        Ok(joined) => joined,
+        Err(error) => {
+            let text = error.to_string();
+            if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), None, &text) {
+                warn!("{peer} may not join a claim: {text}{left_out}");
+            }
+            let code = match error {
+                CannotJoin::Unknown => RefusalCode::NotReady,
+                _ => RefusalCode::Malformed,
+            };
+            return request.refuse(code, &text);
+        }
+    };
+    let number = request.join().place.lane;
+    let serve = || {
+        let granted = request.grant()?;
+        let (link, provider) = granted.describe_by(team.description.clone(), common.providers)?;
+        lane.begin(Session::new(link))?;
+        info!("{}: lane {number} is {peer}, over {provider}", team.name);
+        Ok(lane::serve(&lane, common.polling))
+    };
+    let end = serve().unwrap_or_else(|error| error);
+    lane.end(end);
+    Ok(())
+}
+
+/// A claim that cannot be divided after all.
+fn cannot_divide(error: &DeviceError) -> FabricError {
+    FabricError::Io {
+        what: "dividing the claim among lanes",
+        source: io::Error::other(error.to_string()),
+    }
 }
 
 /// What the compute side must know of the function.

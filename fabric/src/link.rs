@@ -118,6 +118,24 @@ pub struct Counters {
     pub doorbells: u64,
 }
 
+impl Counters {
+    /// Both together, as of two links.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            messages_sent: self.messages_sent + other.messages_sent,
+            messages_received: self.messages_received + other.messages_received,
+            payload_sent: self.payload_sent + other.payload_sent,
+            payload_received: self.payload_received + other.payload_received,
+            bytes_received: self.bytes_received + other.bytes_received,
+            bytes_sent: self.bytes_sent + other.bytes_sent,
+            send_calls: self.send_calls + other.send_calls,
+            receive_calls: self.receive_calls + other.receive_calls,
+            doorbells: self.doorbells + other.doorbells,
+        }
+    }
+}
+
 /// Who receives messages from a [`Link`].
 ///
 /// An error from either method is the peer's fault; the link receives nothing after it. It can

@@ -60,6 +60,16 @@ pub fn attach_export(address: &str, export: &str, socket: &Path) -> Result<Daemo
     start_agent(address, export, "--vfio-user", socket, &[])
 }
 
+/// As [`attach`], with so many data threads.
+///
+/// # Errors
+/// When it does not become ready.
+pub fn attach_with_threads(address: &str, socket: &Path, threads: u16) -> Result<Daemon> {
+    let threads = threads.to_string();
+    let options = ["--data-threads", &threads];
+    start_agent(address, EXPORT, "--vfio-user", socket, &options)
+}
+
 /// As [`attach`], with a vhost-user endpoint that has these further options.
 ///
 /// # Errors

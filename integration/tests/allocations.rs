@@ -94,6 +94,7 @@ impl Daemons {
             providers: Options::tcp(),
             allow_tcp_fallback: false,
             limits: RateLimits::NONE,
+            data_threads: 1,
         };
         let exports = Exports::new(vec![Export::new(source.export.clone(), Arc::new(drive))]);
         let manager = Manager::new(listener, exports, Polling::Adaptive).unwrap();

@@ -134,6 +134,52 @@ fn written(guest: &Guest) -> Result<u64, Failure> {
 }
 
 #[test]
+fn drive_of_two_data_threads_is_used_by_both_of_a_guests_processors_and_survives_its_server()
+-> TestResult {
+    let scratch = Scratch::new("lanes")?;
+    let (disk, socket) = (scratch.join("disk.img"), scratch.join("disk0.sock"));
+    let mut server = attached::serve(&format!("path={},size=256MiB", disk.display()))?;
+    let address = attached::address(&server);
+    let agent = attached::attach_with_threads(&address, &socket, 2)?;
+    let machine = MachineBuilder::new("remote-lanes")
+        .userland(Userland::Large)
+        .cpus(2)
+        .vfio_user("disk0", &socket)
+        .start(&Tools::open()?)?;
+    let guest = machine.wait_guest(Deadline::secs(60))?;
+    let claimed = agent.stderr();
+    assert!(claimed.contains("by 2 connections"), "{claimed}");
+    // A queue for each processor, and each has interrupts of its own.
+    let queues = guest.check("ls /sys/block/nvme0n1/mq")?;
+    assert_eq!(queues.split_whitespace().count(), 2, "{queues}");
+    verify::random_io(&guest, DRIVE)?;
+    let job = guest.spawn(&format!(
+        "fio --name=lanes --filename={DRIVE} --direct=1 --ioengine=libaio --rw=randwrite \
+         --bsrange=4k-128k --iodepth=16 --numjobs=2 --cpus_allowed=0-1 --cpus_allowed_policy=split \
+         --size=32M --offset_increment=64M --loops=3 --verify=crc32c --verify_fatal=1 \
+         --output-format=terse"
+    ))?;
+    let before = written(&guest)?;
+    guest.wait_until(
+        &format!("test $({WRITTEN}) -gt {}", before + 8192),
+        Deadline::secs(60),
+    )?;
+    server.kill()?;
+    server = attached::serve_at(&address, &format!("path={}", disk.display()))?;
+    job.check(Deadline::secs(180))?;
+    let log = guest.check("dmesg")?;
+    for word in ["timeout", "I/O error", "resetting controller"] {
+        assert!(!log.contains(word), "{log}");
+    }
+    guest.reboot(Deadline::secs(60))?;
+    verify::random_io(&guest, DRIVE)?;
+    machine.quit()?;
+    agent.terminate()?;
+    server.terminate()?;
+    Ok(())
+}
+
+#[test]
 fn memory_that_is_not_shared_is_refused_and_the_endpoint_lives_on() -> TestResult {
     let scratch = Scratch::new("private")?;
     let drive = AttachedDrive::start(&scratch, "size=256MiB")?;

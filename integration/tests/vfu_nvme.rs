@@ -124,6 +124,25 @@ fn an_agents_endpoint_is_driven() -> TestResult {
 }
 
 #[test]
+fn an_agents_endpoint_with_two_data_threads_is_driven() -> TestResult {
+    let scratch = Scratch::new("agent")?;
+    let socket = scratch.join("disk0.sock");
+    let server = attached::serve(DRIVE)?;
+    let agent = attached::attach_with_threads(&attached::address(&server), &socket, 2)?;
+    let target = ["--vfio-user", &*socket.display().to_string()];
+    exercise(&target);
+    let load = ["--rw", "randrw", "--iodepth", "32", "--queues", "4"];
+    let measured = json(
+        "bench",
+        &target,
+        &[&load[..], &["--count", "4000"]].concat(),
+    );
+    assert_eq!(measured["total"]["errors"], 0);
+    agent.terminate()?;
+    server.terminate()
+}
+
+#[test]
 fn daemons_that_never_sleep_and_daemons_that_never_look_carry_the_same() -> TestResult {
     for poll in ["always", "never"] {
         let scratch = Scratch::new(poll)?;

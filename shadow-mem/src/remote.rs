@@ -5,13 +5,13 @@
 //! go underneath; whoever runs the event loop reports its events ([`RemoteFunction::service`],
 //! [`RemoteFunction::tick`]) and brings a new one ([`RemoteFunction::reconnect`]).
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::{self, Description, EngineKind, Epoch, Message};
-use farbus_fabric::{Counters, FabricError, Received};
+use farbus_fabric::{Counters, FabricError};
 use farbus_vfio::config::{ConfigError, ConfigSpace};
 use farbus_vfio::nvme::{DOORBELL_BASE, PAGE_SIZE};
 use farbus_vfio::{
@@ -20,15 +20,13 @@ use farbus_vfio::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::nvme::compute::{Changed, ComputeHalf};
+use crate::nvme::compute::{Changed, ComputeHalf, Lane};
 use crate::nvme::description::{BadDescription, NvmeDescription};
 use crate::nvme::record::{ControlReader, ControlWriter, Counter, Record, RecordError};
-use crate::session::Session;
+use crate::nvme::share;
+pub use crate::session::LinkInterest;
+use crate::session::{Session, Silence};
 
-/// Messages received before other work has its turn.
-const RECEIVE_BURST: usize = 64;
-/// Silence, in ticks of a second, after which the peer is taken for dead.
-const SILENT_TICKS: u32 = 5;
 /// Most commands that a device server can make us keep room for.
 const MAX_TAGS: u16 = 4096;
 
@@ -42,13 +40,21 @@ pub enum RemoteError {
     #[error("the function has no MSI-X, which is the only kind of interrupt that crosses")]
     NoMsix,
     /// What the peer granted or described cannot be.
-    #[error("the device server granted {tags} commands and a buffer shadow of {shadow_len} bytes")]
+    #[error(
+        "the device server granted {tags} commands and a buffer shadow of {shadow_len} bytes for {lanes} \
+         lanes; `--data-threads 1` needs least"
+    )]
     BadGrant {
         /// Commands that may be outstanding.
         tags: u16,
         /// Size of the buffer shadow in bytes.
         shadow_len: u32,
+        /// Connections that share it.
+        lanes: u16,
     },
+    /// A record is of one lane.
+    #[error("a process of {0} data threads cannot be succeeded by another; use `--data-threads 1`")]
+    RecordOfLanes(u16),
     /// The function's configuration space does not hold together.
     #[error("the device server describes an impossible configuration space")]
     Config(#[from] ConfigError),
@@ -82,25 +88,13 @@ pub struct LostLink {
     pub error: FabricError,
 }
 
-/// What the event loop must wait for on the link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinkInterest {
-    /// The link's descriptor.
-    pub descriptor: RawFd,
-    /// Whether to wait until it is writable, too.
-    pub writable: bool,
-}
-
 struct State {
     config: ConfigSpace,
     half: ComputeHalf,
     session: Option<Session>,
     lost: Option<LostLink>,
     epoch: Epoch,
-    /// Bytes that had been received at the last tick.
-    heard: u64,
-    /// Ticks since then without another one.
-    silent: u32,
+    silence: Silence,
     /// See [`RemoteFunction::look_for_doorbells`].
     gathers_doorbells: bool,
     /// See [`RemoteFunction::keep_looking`].
@@ -119,6 +113,7 @@ pub struct RemoteFunction {
 struct Grant {
     shadow_len: u32,
     tags: u16,
+    lanes: u16,
 }
 
 impl Grant {
@@ -126,6 +121,7 @@ impl Grant {
         Self {
             shadow_len: claimed.shadow_len,
             tags: claimed.tags,
+            lanes: claimed.lanes.len() as u16 + 1,
         }
     }
 }
@@ -135,14 +131,23 @@ fn parse(
     description: &Description,
     grant: Grant,
 ) -> Result<(Vec<RegionInfo>, ConfigSpace, NvmeDescription), RemoteError> {
-    let Grant { shadow_len, tags } = grant;
+    let Grant {
+        shadow_len,
+        tags,
+        lanes,
+    } = grant;
     if description.engine != EngineKind::Nvme {
         return Err(RemoteError::NoEngine(description.engine));
     }
+    let bad_grant = || RemoteError::BadGrant {
+        tags,
+        shadow_len,
+        lanes,
+    };
     if !(MIN_TAGS..=MAX_TAGS).contains(&tags)
         || !(PAGE_SIZE as u32..=MAX_SHADOW).contains(&shadow_len)
     {
-        return Err(RemoteError::BadGrant { tags, shadow_len });
+        return Err(bad_grant());
     }
     let regions: Vec<_> = description
         .regions
@@ -154,6 +159,9 @@ fn parse(
         .collect();
     let config = ConfigSpace::from_image(&description.config, &regions)?;
     let nvme = NvmeDescription::decode(&description.blob, shadow_len)?;
+    if lanes > 1 && !share::suffices(lanes, tags, shadow_len, nvme.max_transfer) {
+        return Err(bad_grant());
+    }
     Ok((regions, config, nvme))
 }
 
@@ -208,6 +216,7 @@ fn decode_claim(bytes: &[u8]) -> Result<(Description, Grant), RecordError> {
     let grant = Grant {
         shadow_len: from.small()?,
         tags: from.small()?,
+        lanes: 1,
     };
     let (config, blob) = (from.bytes()?.to_vec(), from.bytes()?.to_vec());
     let engine = match from.number()? {
@@ -242,8 +251,14 @@ impl RemoteFunction {
         let grant = Grant::of(&claimed);
         let (regions, config, nvme) = parse(&claimed.description, grant)?;
         let msix = config.msix().ok_or(RemoteError::NoMsix)?.vectors.into();
-        let half = ComputeHalf::new(nvme, claimed.shadow_len, claimed.tags, msix)
+        let Grant {
+            shadow_len,
+            tags,
+            lanes,
+        } = grant;
+        let mut half = ComputeHalf::with_lanes(nvme, shadow_len, tags, msix, lanes)
             .map_err(RemoteError::Memory)?;
+        half.link_lanes(claimed.lanes)?;
         Ok(Self {
             info: info(label, &config, regions, msix),
             description: claimed.description,
@@ -253,8 +268,7 @@ impl RemoteFunction {
                 session: Some(Session::new(claimed.link)),
                 lost: None,
                 epoch: claimed.epoch,
-                heard: 0,
-                silent: 0,
+                silence: Silence::default(),
                 gathers_doorbells: false,
                 keeps_looking: false,
             }),
@@ -265,6 +279,9 @@ impl RemoteFunction {
     /// memory that [`Self::record`] names.
     pub fn with_record(label: String, claimed: ClaimedLink) -> Result<Self, RemoteError> {
         let (description, grant) = (claimed.description.clone(), Grant::of(&claimed));
+        if grant.lanes > 1 {
+            return Err(RemoteError::RecordOfLanes(grant.lanes));
+        }
         let remote = Self::new(label, claimed)?;
         let record = Record::create().map_err(RemoteError::Memory)?;
         if !record.set_claim(&encode_claim(&description, grant)) {
@@ -298,8 +315,7 @@ impl RemoteFunction {
                 session: None,
                 lost: None,
                 epoch: Epoch::NONE,
-                heard: 0,
-                silent: 0,
+                silence: Silence::default(),
                 gathers_doorbells: false,
                 keeps_looking: false,
             }),
@@ -334,10 +350,7 @@ impl RemoteFunction {
     pub fn link_interest(&self) -> Option<LinkInterest> {
         let state = self.state();
         let session = state.session.as_ref()?;
-        Some(LinkInterest {
-            descriptor: session.descriptor().as_raw_fd(),
-            writable: session.is_congested(),
-        })
+        Some(session.interest())
     }
 
     /// The link's descriptor has events, or may have: receives, sends what waited, and goes on
@@ -348,14 +361,7 @@ impl RemoteFunction {
         let mut state = self.state();
         let before = state.progress();
         state.with_session(|half, session| {
-            if session.is_congested() {
-                session.flush()?;
-            }
-            for _ in 0..RECEIVE_BURST {
-                if session.receive(half)? == Received::Idle {
-                    break;
-                }
-            }
+            session.receive_all(half)?;
             half.pump(session)
         });
         state.progress() != before
@@ -418,26 +424,27 @@ impl RemoteFunction {
     /// that has been silent for too long.
     pub fn tick(&self) {
         let mut state = self.state();
-        let heard = state
-            .session
-            .as_ref()
-            .map_or(0, |s| s.counters().bytes_received);
-        let news = std::mem::replace(&mut state.heard, heard) != heard;
-        state.silent = if news { 0 } else { state.silent + 1 };
-        let silent = state.silent;
-        state.with_session(|half, session| match silent {
-            SILENT_TICKS.. => Err(FabricError::Timeout {
-                what: "a sign of life of the device server",
-                after: std::time::Duration::from_secs(silent.into()),
-            }),
-            _ if session.is_congested() => Ok(()),
-            _ => {
-                if let Some(record) = half.record_mut() {
-                    record.ping();
-                }
-                session.send(&Message::Ping { nonce: 0 })
+        let mut silence = state.silence;
+        state.with_session(|half, session| {
+            let asks = silence.tick(session)?;
+            if let (true, Some(record)) = (asks, half.record_mut()) {
+                record.ping();
             }
+            Ok(())
         });
+        state.silence = silence;
+    }
+
+    /// The lanes beside the first, each to be served by a thread of its own as this function is by
+    /// its event loop; they are the same for as long as there is the function.
+    pub fn lanes(&self) -> Vec<Arc<Lane>> {
+        self.state().half.lanes().to_vec()
+    }
+
+    /// Is signalled when another lane has something for [`Self::pump`]; each signal is an event
+    /// (edge-triggered), which nobody needs to read.
+    pub fn lanes_event(&self) -> std::io::Result<EventFd> {
+        self.state().half.lanes_event()
     }
 
     /// The link that failed since the last call, if one did.
@@ -453,6 +460,9 @@ impl RemoteFunction {
         if !is_same_function(&claimed.description, &self.description) {
             return Err(Changed::function().into());
         }
+        if claimed.lanes.len() != state.half.lanes().len() {
+            return Err(Changed::lanes().into());
+        }
         state
             .half
             .link_up(&nvme, claimed.shadow_len, claimed.tags)?;
@@ -466,9 +476,9 @@ impl RemoteFunction {
         if let Some(record) = state.half.record() {
             record.add_to(Counter::Reconnects, 1);
         }
+        state.half.link_lanes(claimed.lanes)?;
         state.epoch = claimed.epoch;
-        state.heard = 0;
-        state.silent = 0;
+        state.silence = Silence::default();
         state.session = Some(session);
         state.pump();
         Ok(())
@@ -479,18 +489,22 @@ impl RemoteFunction {
         self.state().epoch
     }
 
-    /// What the link has carried, while there is one.
+    /// What the link has carried, while there is one: of all lanes together.
     pub fn counters(&self) -> Option<Counters> {
-        self.state().session.as_ref().map(Session::counters)
+        let state = self.state();
+        let own = state.session.as_ref().map(Session::counters)?;
+        Some(own.plus(state.half.lane_counters()))
     }
 
     /// Gives the export back: says so to the device server, without waiting for it.
     pub fn release(&self) {
-        if let Some(mut session) = self.state().session.take() {
+        let mut state = self.state();
+        if let Some(mut session) = state.session.take() {
             // The end of the connection says the same, only less politely.
             let _ = session.send(&Message::Release);
             let _ = session.flush();
         }
+        state.half.end_lanes();
     }
 
     fn out_of_bounds(&self, what: String, offset: u64, len: usize) -> FunctionError {
@@ -542,8 +556,7 @@ impl State {
 
     /// Rises with every byte that moves.
     fn progress(&self) -> u64 {
-        let counters = self.session.as_ref().map(Session::counters);
-        counters.map_or(0, |c| c.bytes_sent + c.bytes_received)
+        self.session.as_ref().map_or(0, Session::progress)
     }
 
     fn pump(&mut self) {
@@ -564,15 +577,7 @@ impl State {
         self.record_config();
         self.half.reset();
         self.with_session(|half, session| {
-            // The guest's memory is its own again, at once. What is still to be sent would go
-            // out with whatever the guest puts there now; a frame that is cut off is never
-            // acted on, and the next claim begins with a reset.
-            if session.is_congested() {
-                return Err(FabricError::Closed);
-            }
-            for window in half.windows() {
-                session.revoke(window);
-            }
+            session.revoke_all(half.windows())?;
             half.pump(session)
         });
     }
@@ -642,18 +647,7 @@ impl Function for RemoteFunction {
     fn unmap_dma(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
         let mut state = self.state();
         let gone = state.half.unmap(iova, len)?;
-        state.with_session(|_, session| {
-            // What is still to be sent would go out with whatever is there by then; a frame
-            // that is cut off is never acted on, and is sent again on the next link.
-            if gone.iter().any(|window| session.is_sending(window)) {
-                return Err(FabricError::Closed);
-            }
-            for window in &gone {
-                session.revoke(window);
-                session.unregister(window, window.iova.0);
-            }
-            Ok(())
-        });
+        state.with_session(|_, session| session.let_go(&gone));
         Ok(())
     }
 

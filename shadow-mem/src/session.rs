@@ -1,6 +1,7 @@
 //! One claim as an engine uses it: a link, and the buffers to send from.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
 use farbus_fabric::wire::{self, CompleteBatch, Message};
 use farbus_fabric::{Counters, FabricError, Frame, Link, Received, RemoteSpan, Sink, Span};
@@ -13,6 +14,47 @@ const MAX_SPANS: usize = 1000;
 /// Data that one message asks to be moved, in bytes, beyond which no command is added: so that
 /// the first completion need not wait for the whole of a deep queue.
 const MAX_BATCH: u64 = 64 << 10;
+
+/// Messages received before other work has its turn.
+const RECEIVE_BURST: usize = 64;
+/// Silence, in ticks of a second, after which the peer is taken for dead.
+const SILENT_TICKS: u32 = 5;
+
+/// What an event loop must wait for on a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInterest {
+    /// The link's descriptor.
+    pub descriptor: RawFd,
+    /// Whether to wait until it is writable, too.
+    pub writable: bool,
+}
+
+/// For how long a device server has said nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Silence {
+    /// Bytes that had been received at the last tick.
+    heard: u64,
+    /// Ticks since then without another one.
+    ticks: u32,
+}
+
+impl Silence {
+    /// Once a second: gives the peer a sign of life and asks for one, and gives up on a peer that
+    /// has been silent for too long. Whether anything was asked.
+    pub(crate) fn tick(&mut self, session: &mut Session) -> Result<bool, FabricError> {
+        let heard = session.counters().bytes_received;
+        let news = std::mem::replace(&mut self.heard, heard) != heard;
+        self.ticks = if news { 0 } else { self.ticks + 1 };
+        match self.ticks {
+            SILENT_TICKS.. => Err(FabricError::Timeout {
+                what: "a sign of life of the device server",
+                after: Duration::from_secs(self.ticks.into()),
+            }),
+            _ if session.is_congested() => Ok(false),
+            _ => session.send(&Message::Ping { nonce: 0 }).map(|()| true),
+        }
+    }
+}
 
 /// Commands to send in one message, with the guest memory that their data is gathered from.
 pub struct SubmitBatch {
@@ -200,6 +242,59 @@ impl Session {
         payload.clear();
         remote.clear();
         sent
+    }
+
+    /// What to wait for.
+    pub fn interest(&self) -> LinkInterest {
+        LinkInterest {
+            descriptor: self.descriptor().as_raw_fd(),
+            writable: self.is_congested(),
+        }
+    }
+
+    /// Rises with every byte that moves.
+    pub fn progress(&self) -> u64 {
+        let counters = self.counters();
+        counters.bytes_sent + counters.bytes_received
+    }
+
+    /// Sends what waited, and receives what has arrived, or much of it.
+    pub(crate) fn receive_all(&mut self, sink: &mut dyn Sink) -> Result<(), FabricError> {
+        if self.is_congested() {
+            self.flush()?;
+        }
+        for _ in 0..RECEIVE_BURST {
+            if self.receive(sink)? == Received::Idle {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest's memory is its own again, at once. What is still to be sent would go out with
+    /// whatever the guest puts there now; a frame that is cut off is never acted on, and the next
+    /// claim begins with a reset.
+    pub(crate) fn revoke_all(&mut self, windows: &[DmaWindow]) -> Result<(), FabricError> {
+        if self.is_congested() {
+            return Err(FabricError::Closed);
+        }
+        for window in windows {
+            self.revoke(window);
+        }
+        Ok(())
+    }
+
+    /// Guest memory has gone. What is still to be sent would go out with whatever is there by
+    /// then; a frame that is cut off is never acted on, and is sent again on the next link.
+    pub(crate) fn let_go(&mut self, gone: &[DmaWindow]) -> Result<(), FabricError> {
+        if gone.iter().any(|window| self.is_sending(window)) {
+            return Err(FabricError::Closed);
+        }
+        for window in gone {
+            self.revoke(window);
+            self.unregister(window, window.iova.0);
+        }
+        Ok(())
     }
 
     /// Receives at most one message.

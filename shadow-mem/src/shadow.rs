@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use farbus_vfio::nvme::PAGE_SIZE;
@@ -37,6 +38,8 @@ pub struct ShadowRange {
 
 /// Hands out the pages of a buffer shadow, first fit from where the last search ended.
 pub struct ShadowAllocator {
+    /// Where it begins, in bytes.
+    base: u32,
     /// One bit a page, set while in use.
     used: Vec<u64>,
     pages: u32,
@@ -47,8 +50,14 @@ pub struct ShadowAllocator {
 impl ShadowAllocator {
     /// For a shadow of `len` bytes; a last page that is not whole is left unused.
     pub fn new(len: u32) -> Self {
-        let pages = len / PAGE_SIZE as u32;
+        Self::of(0..len)
+    }
+
+    /// For a part of a shadow, in bytes, that begins at a page.
+    pub fn of(part: Range<u32>) -> Self {
+        let pages = (part.end - part.start) / PAGE_SIZE as u32;
         Self {
+            base: part.start,
             used: vec![0; pages.div_ceil(64) as usize],
             pages,
             free: pages,
@@ -75,7 +84,7 @@ impl ShadowAllocator {
         self.free -= wanted;
         self.next = start + wanted;
         Some(ShadowRange {
-            offset: start * PAGE_SIZE as u32,
+            offset: self.base + start * PAGE_SIZE as u32,
             pages: wanted,
         })
     }
@@ -99,7 +108,10 @@ impl ShadowAllocator {
 
     /// Takes a range back.
     pub fn release(&mut self, range: ShadowRange) {
-        let start = range.offset / PAGE_SIZE as u32;
+        if range.pages == 0 {
+            return;
+        }
+        let start = (range.offset - self.base) / PAGE_SIZE as u32;
         for page in start..start + range.pages {
             self.set(page, false);
         }

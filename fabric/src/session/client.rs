@@ -1,23 +1,19 @@
-//! Set-up as the compute side does it: connect, agree on a version, claim, ask what was got. Or,
-//! instead of a claim, ask what there is.
+//! Set-up as the compute side does it: connect, agree on a version, claim, ask what was got.
 
-use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use super::budget::Budget;
 use super::channel::Channel;
+use super::dial::{greet, open, resolve, unexpected};
+pub use super::list::{list, list_over};
 use super::rdma::Prepared;
 use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Listed, Message, NEWEST, OLDEST, ProtocolVersion,
-    RateLimits, Side, Text,
+    Description, Epoch, ExportName, Join, JoinToken, Joined, Label, LanePlace, Message,
+    ProtocolVersion, RateLimits, Side, Text,
 };
-use crate::{FabricError, Link, TcpLink};
-
-/// Most exports that a device server is believed to have.
-const MAX_LISTED: usize = 65_536;
+use crate::{FabricError, Link};
 
 /// An export that is ours.
 pub struct ClaimedLink {
@@ -37,6 +33,8 @@ pub struct ClaimedLink {
     pub peer: Label,
     /// What carries the claim.
     pub provider: Choice,
+    /// Its further lanes, from lane 1 on; all of them are there.
+    pub lanes: Vec<Box<dyn Link>>,
 }
 
 /// Connects to a device server at `address` (`host:port`) and claims an export, over TCP.
@@ -60,15 +58,37 @@ pub fn claim_by(
     deadline: Duration,
     options: &Options,
 ) -> Result<ClaimedLink, FabricError> {
-    let wanted = (export, RateLimits::NONE);
-    claim_limited(address, wanted, label, deadline, options)
+    let wish = Wish::of(export);
+    claim_as(address, &wish, label, deadline, options)
 }
 
-/// As [`claim_by`], held to limits of one's own. A device server that is too old for them is an
-/// error.
-pub fn claim_limited(
+/// What a claim is to be like.
+#[derive(Clone, Copy, Debug)]
+pub struct Wish<'a> {
+    /// Of this export.
+    pub export: &'a ExportName,
+    /// Held to limits of one's own. A device server that is too old for them is an error.
+    pub limits: RateLimits,
+    /// With up to so many lanes: connections, the claim's own among them. There are fewer if the
+    /// device side gives fewer, or is too old to know of lanes.
+    pub lanes: u16,
+}
+
+impl<'a> Wish<'a> {
+    /// A claim without limits of its own, on one connection.
+    pub fn of(export: &'a ExportName) -> Self {
+        Self {
+            export,
+            limits: RateLimits::NONE,
+            lanes: 1,
+        }
+    }
+}
+
+/// As [`claim_by`], with all that a claim can have.
+pub fn claim_as(
     address: &str,
-    (export, limits): (&ExportName, RateLimits),
+    wish: &Wish<'_>,
     label: &str,
     deadline: Duration,
     options: &Options,
@@ -76,11 +96,49 @@ pub fn claim_limited(
     let label = Label::new(label)?;
     let mut budget = Budget::new(deadline);
     let addresses = resolve(address, &mut budget)?;
-    let stream = connect(&addresses, &mut budget)?;
-    let local = stream.local_addr().ok().map(|address| address.ip());
-    let link = TcpLink::new(stream, Side::Compute)?;
-    let channel = Channel::new(Box::new(link), budget);
-    exchange(channel, (export, limits), label, local, options)
+    let (channel, local) = open(&addresses, budget)?;
+    let asked = Asked::Claim(Wish {
+        lanes: wish.lanes.clamp(1, LanePlace::MAX),
+        ..*wish
+    });
+    let (mut claimed, granted, left) = exchange(channel, &asked, label.clone(), local, options)?;
+    // All lanes are carried by the same provider.
+    let options = match claimed.provider.provider {
+        Provider::Tcp => Options::tcp(),
+        Provider::Verbs => Options {
+            wanted: Wanted::Verbs,
+            ..options.clone()
+        },
+    };
+    let mut budget = Budget::new(left);
+    for lane in 1..granted.place.lanes {
+        let asked = Asked::Join(Join {
+            epoch: claimed.epoch,
+            place: LanePlace {
+                lane,
+                ..granted.place
+            },
+            token: granted.token,
+        });
+        let (channel, local) = open(&addresses, budget)?;
+        let (joined, _, left) = exchange(channel, &asked, label.clone(), local, &options)?;
+        if joined.description != claimed.description {
+            return Err(FabricError::violation(format!(
+                "lane {lane} is of another function than its claim"
+            )));
+        }
+        claimed.lanes.push(joined.link);
+        budget = Budget::new(left);
+    }
+    Ok(claimed)
+}
+
+/// What a connection is for.
+enum Asked<'a> {
+    /// A claim.
+    Claim(Wish<'a>),
+    /// To be a lane of one.
+    Join(Join),
 }
 
 /// Claims an export over a link that is connected already.
@@ -92,103 +150,53 @@ pub fn claim_over(
 ) -> Result<ClaimedLink, FabricError> {
     let label = Label::new(label)?;
     let channel = Channel::new(link, Budget::new(deadline));
-    let wanted = (export, RateLimits::NONE);
-    exchange(channel, wanted, label, None, &Options::tcp())
+    let asked = Asked::Claim(Wish::of(export));
+    let (claimed, ..) = exchange(channel, &asked, label, None, &Options::tcp())?;
+    Ok(claimed)
 }
 
-/// Asks the device server at `address` (`host:port`) what it offers, in rising order of the names.
-/// Nothing is claimed, and no device is touched. `deadline` bounds everything together.
-pub fn list(address: &str, label: &str, deadline: Duration) -> Result<Vec<Listed>, FabricError> {
-    let label = Label::new(label)?;
-    let mut budget = Budget::new(deadline);
-    let addresses = resolve(address, &mut budget)?;
-    let stream = connect(&addresses, &mut budget)?;
-    let link = TcpLink::new(stream, Side::Compute)?;
-    list_on(Channel::new(Box::new(link), budget), label)
-}
-
-/// As [`list`], over a link that is connected already.
-pub fn list_over(
-    link: Box<dyn Link>,
-    label: &str,
-    deadline: Duration,
-) -> Result<Vec<Listed>, FabricError> {
-    let label = Label::new(label)?;
-    list_on(Channel::new(link, Budget::new(deadline)), label)
-}
-
-fn list_on(mut channel: Channel, label: Label) -> Result<Vec<Listed>, FabricError> {
-    let (version, peer) = greet(&mut channel, label)?;
-    if version < ProtocolVersion::V3 {
-        return Err(FabricError::TooOld {
-            peer,
-            version: version.number(),
-            what: "a listing of its exports",
-            needed: ProtocolVersion::V3.number(),
-        });
-    }
-    let mut listed: Vec<Listed> = Vec::new();
-    loop {
-        let after = listed.last().map(|entry| entry.name.clone());
-        channel.send(&Message::List {
-            after: after.clone(),
-        })?;
-        let page = match channel.receive("the listing of the exports")? {
-            Message::Listing(page) => page,
-            other => return Err(unexpected(other, "Listing")),
-        };
-        // The decoder has seen to the order within a page; that each begins after the one before
-        // is what ends this loop.
-        if let (Some(after), Some(first)) = (&after, page.entries.first()) {
-            if first.name <= *after {
-                return Err(FabricError::violation(format!(
-                    "export {} was listed in answer to what follows {after}",
-                    first.name
-                )));
-            }
-        }
-        listed.extend(page.entries);
-        if listed.len() > MAX_LISTED {
-            return Err(FabricError::violation(format!(
-                "more than {MAX_LISTED} exports were listed"
-            )));
-        }
-        if !page.more {
-            return Ok(listed);
-        }
-    }
-}
-
+/// The whole of set-up on one connection. Beside what was got, which lanes there are to be, and
+/// the time that is left.
 fn exchange(
     mut channel: Channel,
-    (export, limits): (&ExportName, RateLimits),
+    asked: &Asked<'_>,
     label: Label,
     local: Option<IpAddr>,
     options: &Options,
-) -> Result<ClaimedLink, FabricError> {
+) -> Result<(ClaimedLink, Joined, Duration), FabricError> {
     let (version, peer) = greet(&mut channel, label)?;
-    let export = export.clone();
-    channel.send(&match limits.is_none() {
-        true => Message::Claim { export },
-        false if version < ProtocolVersion::V3 => {
-            return Err(FabricError::TooOld {
-                peer,
-                version: version.number(),
-                what: "a claim with limits",
-                needed: ProtocolVersion::V3.number(),
-            });
+    let (granted, lanes) = match asked {
+        Asked::Claim(wish) => {
+            if !wish.limits.is_none() && version < ProtocolVersion::V3 {
+                return Err(FabricError::TooOld {
+                    peer,
+                    version: version.number(),
+                    what: "a claim with limits",
+                    needed: ProtocolVersion::V3.number(),
+                });
+            }
+            let granted = ask_for_claim(&mut channel, wish)?;
+            channel.link().set_epoch(granted.epoch);
+            let lanes = if version < ProtocolVersion::V3 {
+                1
+            } else {
+                wish.lanes
+            };
+            let joined = ask_for_lanes(&mut channel, granted.epoch, lanes)?;
+            (granted, joined)
         }
-        false => Message::ClaimWith { export, limits },
-    })?;
-    let (epoch, shadow_len, tags) = match channel.receive("the claim of the export")? {
-        Message::Claimed {
-            epoch,
-            shadow_len,
-            tags,
-        } => (epoch, shadow_len, tags),
-        other => return Err(unexpected(other, "Claimed")),
+        Asked::Join(join) => {
+            let joined = ask_to_join(&mut channel, *join)?;
+            channel.link().set_epoch(join.epoch);
+            let granted = Granted {
+                epoch: join.epoch,
+                shadow_len: 0,
+                tags: 0,
+            };
+            (granted, joined)
+        }
     };
-    channel.link().set_epoch(epoch);
+    let epoch = granted.epoch;
     let (prepared, provider) = choose(&mut channel, version, local, options)?;
     channel.send(&Message::Describe)?;
     let description = match channel.receive("the description of the function")? {
@@ -202,29 +210,83 @@ fn exchange(
         }
         None => channel.into_link(),
     };
-    Ok(ClaimedLink {
+    let claimed = ClaimedLink {
         link,
         epoch,
-        shadow_len,
-        tags,
+        shadow_len: granted.shadow_len,
+        tags: granted.tags,
         description,
         version,
         peer,
         provider,
-    })
+        lanes: Vec::new(),
+    };
+    Ok((claimed, lanes, left))
 }
 
-/// Says hello, and hears which version is spoken and by whom.
-fn greet(channel: &mut Channel, label: Label) -> Result<(ProtocolVersion, Label), FabricError> {
-    channel.send(&Message::Hello {
-        oldest: OLDEST.number(),
-        newest: NEWEST.number(),
-        label,
+/// What a claim comes with.
+struct Granted {
+    epoch: Epoch,
+    shadow_len: u32,
+    tags: u16,
+}
+
+fn ask_for_claim(channel: &mut Channel, wish: &Wish<'_>) -> Result<Granted, FabricError> {
+    let (export, limits) = (wish.export.clone(), wish.limits);
+    channel.send(&match limits.is_none() {
+        true => Message::Claim { export },
+        false => Message::ClaimWith { export, limits },
     })?;
-    match channel.receive("the device server's welcome")? {
-        Message::Welcome { version, label } => Ok((version, label)),
-        other => Err(unexpected(other, "Welcome")),
+    match channel.receive("the claim of the export")? {
+        Message::Claimed {
+            epoch,
+            shadow_len,
+            tags,
+        } => Ok(Granted {
+            epoch,
+            shadow_len,
+            tags,
+        }),
+        other => Err(unexpected(other, "Claimed")),
     }
+}
+
+/// Asks for lanes beside the claim's own connection, if more than one are wanted.
+fn ask_for_lanes(channel: &mut Channel, epoch: Epoch, lanes: u16) -> Result<Joined, FabricError> {
+    let none = Joined {
+        place: LanePlace::ONLY,
+        token: JoinToken::NONE,
+    };
+    if lanes <= 1 {
+        return Ok(none);
+    }
+    ask_to_join(
+        channel,
+        Join {
+            epoch,
+            place: LanePlace { lane: 0, lanes },
+            token: JoinToken::NONE,
+        },
+    )
+}
+
+fn ask_to_join(channel: &mut Channel, join: Join) -> Result<Joined, FabricError> {
+    channel.send(&Message::Join(join))?;
+    let joined = match channel.receive("the lanes of the claim")? {
+        Message::Joined(joined) => joined,
+        other => return Err(unexpected(other, "Joined")),
+    };
+    let LanePlace { lane, lanes } = joined.place;
+    let of_claim = join.place.lane == 0;
+    let as_asked = lane == join.place.lane
+        && (lanes == join.place.lanes || of_claim && lanes < join.place.lanes);
+    if !as_asked {
+        return Err(FabricError::violation(format!(
+            "the answer to {:?} is {:?}",
+            join.place, joined.place
+        )));
+    }
+    Ok(joined)
 }
 
 /// Agrees with the device side on what carries the claim.
@@ -280,67 +342,4 @@ fn offer(
     };
     channel.send(&Message::RdmaChoice(outcome))?;
     Ok(works.map(|()| prepared))
-}
-
-fn unexpected(message: Message, expected: &str) -> FabricError {
-    match message {
-        Message::Refused { code, text } => FabricError::Refused { code, text },
-        other => FabricError::violation(format!(
-            "a {} message came in place of {expected}",
-            other.kind()
-        )),
-    }
-}
-
-/// Resolves on a thread of its own, since the system's resolver knows no deadline. A thread
-/// that is given up ends when the resolver does.
-fn resolve(address: &str, budget: &mut Budget) -> Result<Vec<SocketAddr>, FabricError> {
-    if let Ok(address) = address.parse() {
-        return Ok(vec![address]);
-    }
-    let failed = |source| FabricError::Resolve {
-        address: address.to_owned(),
-        source,
-    };
-    let (sender, receiver) = sync_channel(1);
-    let name = address.to_owned();
-    std::thread::Builder::new()
-        .name("resolver".to_owned())
-        .spawn(move || {
-            let found = name.to_socket_addrs().map(Iterator::collect);
-            // Nobody listens any more after the deadline, which is fine.
-            sender.send(found).unwrap_or_default();
-        })
-        .map_err(failed)?;
-    match budget.charge(|left| receiver.recv_timeout(left)) {
-        Ok(found) => found.map_err(failed),
-        Err(RecvTimeoutError::Timeout) => Err(budget.timeout("the address of the device server")),
-        Err(RecvTimeoutError::Disconnected) => {
-            Err(failed(io::Error::other("the resolver's thread ended")))
-        }
-    }
-}
-
-/// Tries the addresses in turn, each with its share of the time that is left.
-fn connect(addresses: &[SocketAddr], budget: &mut Budget) -> Result<TcpStream, FabricError> {
-    const WHAT: &str = "connecting to the device server";
-    let mut last = io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no address");
-    for (address, remaining) in addresses.iter().zip((1..=addresses.len()).rev()) {
-        let share = budget.left() / u32::try_from(remaining).unwrap_or(u32::MAX);
-        // Zero is no timeout to the standard library, but an error.
-        if share.is_zero() {
-            return Err(budget.timeout("a connection to the device server"));
-        }
-        match budget.charge(|_| TcpStream::connect_timeout(address, share)) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
-        }
-    }
-    if last.kind() == io::ErrorKind::TimedOut {
-        return Err(budget.timeout("a connection to the device server"));
-    }
-    Err(FabricError::Io {
-        what: WHAT,
-        source: last,
-    })
 }

@@ -13,6 +13,8 @@
 mod budget;
 mod channel;
 pub mod client;
+mod dial;
+mod list;
 mod rdma;
 pub mod server;
 

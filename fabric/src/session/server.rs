@@ -13,8 +13,9 @@ use super::channel::Channel;
 use super::rdma::Prepared;
 use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Listed, Listing, Message, NEWEST, OLDEST,
-    ProtocolVersion, RateLimits, RdmaEndpoint, RefusalCode, Side, Text, negotiate,
+    Description, Epoch, ExportName, Join, JoinToken, Joined, Label, LanePlace, Listed, Listing,
+    Message, NEWEST, OLDEST, ProtocolVersion, RateLimits, RdmaEndpoint, RefusalCode, Side, Text,
+    negotiate,
 };
 use crate::{FabricError, Link, TcpLink};
 
@@ -29,6 +30,8 @@ pub enum Request {
     Claim(ClaimRequest),
     /// To be told what there is to claim.
     List(ListRequest),
+    /// To be a lane of a claim that there is.
+    Join(JoinRequest),
 }
 
 /// A peer that waits for the answer to its claim.
@@ -44,10 +47,18 @@ pub struct ListRequest {
     after: Option<ExportName>,
 }
 
-/// A peer that has its claim.
+/// A peer that waits for the answer to its wish to join a claim.
+pub struct JoinRequest {
+    session: Session,
+    join: Join,
+}
+
+/// A peer that has its claim, or its place in one.
 pub struct Granted {
     session: Session,
     epoch: Epoch,
+    /// A message that was received and not acted on yet.
+    next: Option<Message>,
 }
 
 /// What all states have.
@@ -144,6 +155,14 @@ impl Incoming {
                     after,
                 }))
             }
+            Message::Join(join)
+                if join.place.lane > 0 && self.session.version >= ProtocolVersion::V3 =>
+            {
+                Ok(Request::Join(JoinRequest {
+                    session: self.session,
+                    join,
+                }))
+            }
             other => Err(unexpected(channel, &other, "Claim")),
         }
     }
@@ -156,6 +175,10 @@ impl Incoming {
                 let channel = &mut request.session.channel;
                 let asked = Message::List { after: None };
                 Err(unexpected(channel, &asked, "Claim"))
+            }
+            Request::Join(mut request) => {
+                let asked = Message::Join(request.join);
+                Err(unexpected(&mut request.session.channel, &asked, "Claim"))
             }
         }
     }
@@ -231,11 +254,70 @@ impl ClaimRequest {
         Ok(Granted {
             session: self.session,
             epoch,
+            next: None,
+        })
+    }
+}
+
+impl JoinRequest {
+    /// What is asked for: the caller says whether there is such a claim, whether this is its token,
+    /// and whether the place is free.
+    pub fn join(&self) -> &Join {
+        &self.join
+    }
+
+    /// Sends the peer away.
+    pub fn refuse(mut self, code: RefusalCode, text: &str) -> Result<(), FabricError> {
+        refuse(&mut self.session.channel, code, text)
+    }
+
+    /// Makes the connection the lane that it asks to be.
+    pub fn grant(mut self) -> Result<Granted, FabricError> {
+        let channel = &mut self.session.channel;
+        channel.send(&Message::Joined(Joined {
+            place: self.join.place,
+            token: JoinToken::NONE,
+        }))?;
+        channel.link().set_epoch(self.join.epoch);
+        Ok(Granted {
+            session: self.session,
+            epoch: self.join.epoch,
+            next: None,
         })
     }
 }
 
 impl Granted {
+    /// Waits for the peer's next message; how many lanes it wants, its own connection among them,
+    /// if it asks for lanes. Then it waits for [`Self::give_lanes`].
+    pub fn wanted_lanes(&mut self) -> Result<Option<u16>, FabricError> {
+        match receive(&mut self.session.channel, "the peer's next request")? {
+            Message::Join(Join { epoch, place, .. })
+                if place.lane == 0
+                    && epoch == self.epoch
+                    && self.session.version >= ProtocolVersion::V3 =>
+            {
+                Ok(Some(place.lanes))
+            }
+            other @ Message::Join(_) => Err(unexpected(
+                &mut self.session.channel,
+                &other,
+                "a wish for lanes",
+            )),
+            other => {
+                self.next = Some(other);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Answers a wish for lanes: how many there are, and what the others join with.
+    pub fn give_lanes(&mut self, lanes: u16, token: JoinToken) -> Result<(), FabricError> {
+        let place = LanePlace { lane: 0, lanes };
+        let joined = Message::Joined(Joined { place, token });
+        self.session.channel.send(&joined)
+    }
+
     /// Answers the peer's question what the function is, and ends set-up. The link admits
     /// frames of the claim's epoch only. It is the TCP connection.
     pub fn describe(self, description: Description) -> Result<Box<dyn Link>, FabricError> {
@@ -250,7 +332,10 @@ impl Granted {
         options: &Options,
     ) -> Result<(Box<dyn Link>, Choice), FabricError> {
         let (mut prepared, mut why) = (None, "as the compute agent asked".to_owned());
-        let mut asked = receive(&mut self.session.channel, "the peer's next request")?;
+        let mut asked = match self.next.take() {
+            Some(message) => message,
+            None => receive(&mut self.session.channel, "the peer's next request")?,
+        };
         let may_offer = self.session.version >= ProtocolVersion::V2;
         if let (Message::RdmaOffer(peer), true) = (&asked, may_offer) {
             match self.answer(*peer, options)? {

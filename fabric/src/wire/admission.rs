@@ -44,6 +44,7 @@ impl Kind {
             | Kind::ClaimWith
             | Kind::List
             | Kind::Describe
+            | Kind::Join
             | Kind::ConfigRead
             | Kind::ConfigWrite
             | Kind::RegisterRead
@@ -59,6 +60,7 @@ impl Kind {
             | Kind::Listing
             | Kind::Description
             | Kind::EngineNotice
+            | Kind::Joined
             | Kind::Value
             | Kind::RegisterUpdate
             | Kind::Complete
@@ -73,11 +75,11 @@ impl Kind {
 
     /// Whether this kind of message may appear on a connection with this epoch.
     ///
-    /// A refusal may come at any point of set-up; every other message belongs either before
-    /// the claim or after it.
+    /// A refusal may come at any point of set-up, lanes are asked for after the claim and joined
+    /// in its place; every other message belongs either before the claim or after it.
     fn fits(self, epoch: Epoch) -> bool {
         match self {
-            Kind::Refused => true,
+            Kind::Refused | Kind::Join | Kind::Joined => true,
             Kind::Hello
             | Kind::Welcome
             | Kind::Claim

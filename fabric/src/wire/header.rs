@@ -74,6 +74,10 @@ kinds! {
     Listing = 0x0b, Listing::HEAD as u32, MAX_CONTROL as u32;
     /// As `Claim`, with limits that the compute side wants for itself.
     ClaimWith = 0x0c, 3 + 32, 2 + 64 + 32;
+    /// Asks for lanes, or to be one.
+    Join = 0x0d, 32, 32;
+    /// The lanes are there, or the connection is one.
+    Joined = 0x0e, 24, 24;
     /// Reads config space.
     ConfigRead = 0x10, 8, 8;
     /// Writes config space; posted.

@@ -7,9 +7,9 @@
 use super::codec::{in_range, within};
 use super::description::check_blob;
 use super::{
-    Data, Description, Epoch, ExportName, FaultCode, InterruptKind, Kind, Label, Listing,
-    ProtocolVersion, RateLimits, RdmaEndpoint, RdmaKey, RefusalCode, Region, RequestId, Text,
-    WireError,
+    Data, Description, Epoch, ExportName, FaultCode, InterruptKind, Join, Joined, Kind, Label,
+    Listing, ProtocolVersion, RateLimits, RdmaEndpoint, RdmaKey, RefusalCode, Region, RequestId,
+    Text, WireError,
 };
 
 /// A message without entries. Each variant is the [`Kind`] of the same name.
@@ -53,6 +53,8 @@ pub enum Message {
         after: Option<ExportName>,
     },
     Listing(Listing),
+    Join(Join),
+    Joined(Joined),
     ConfigRead {
         request: RequestId,
         offset: u16,
@@ -127,6 +129,8 @@ impl Message {
             Message::EngineNotice { .. } => Kind::EngineNotice,
             Message::List { .. } => Kind::List,
             Message::Listing(_) => Kind::Listing,
+            Message::Join(_) => Kind::Join,
+            Message::Joined(_) => Kind::Joined,
             Message::ConfigRead { .. } => Kind::ConfigRead,
             Message::ConfigWrite { .. } => Kind::ConfigWrite,
             Message::RegisterRead { .. } => Kind::RegisterRead,
@@ -158,6 +162,8 @@ impl Message {
             Message::Description(description) => description.check(),
             Message::EngineNotice { blob } => check_blob(blob),
             Message::Listing(listing) => listing.check(),
+            Message::Join(join) => join.check(),
+            Message::Joined(joined) => joined.check(),
             Message::ConfigRead { offset, len, .. } => {
                 in_range(
                     "the length of a config space read",

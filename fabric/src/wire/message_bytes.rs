@@ -3,9 +3,9 @@
 use super::bounded::utf8;
 use super::codec::{Put, Reader, in_range};
 use super::{
-    Data, Description, Epoch, ExportName, FaultCode, Header, InterruptKind, Kind, Label, Listing,
-    MAGIC, Message, ProtocolVersion, RateLimits, RdmaEndpoint, RdmaKey, RefusalCode, RequestId,
-    Text, WireError,
+    Data, Description, Epoch, ExportName, FaultCode, Header, InterruptKind, Join, Joined, Kind,
+    Label, Listing, MAGIC, Message, ProtocolVersion, RateLimits, RdmaEndpoint, RdmaKey,
+    RefusalCode, RequestId, Text, WireError,
 };
 
 impl Message {
@@ -59,6 +59,8 @@ impl Message {
                 put_text(out, after.as_ref().map_or("", ExportName::as_str));
             }
             Message::Listing(listing) => listing.encode(out),
+            Message::Join(join) => join.encode(out),
+            Message::Joined(joined) => joined.encode(out),
             Message::ConfigRead {
                 request,
                 offset,
@@ -211,6 +213,8 @@ impl Message {
                 }
             }
             Kind::Listing => Message::Listing(Listing::decode(reader)?),
+            Kind::Join => Message::Join(Join::decode(reader)?),
+            Kind::Joined => Message::Joined(Joined::decode(reader)?),
             Kind::ConfigRead => Message::ConfigRead {
                 request: RequestId(reader.u32()?),
                 offset: reader.u16()?,

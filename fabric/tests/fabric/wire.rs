@@ -221,6 +221,14 @@ fn commands_with_many_segments_fill_a_batch_early() {
     assert!(Submit::decode(&batch.header(), batch.control()).is_ok());
 }
 
+fn join(lane: u16, lanes: u16, token: u8) -> Join {
+    Join {
+        epoch: Epoch(1),
+        place: LanePlace { lane, lanes },
+        token: JoinToken([token; 16]),
+    }
+}
+
 #[test]
 fn values_that_a_decoder_would_refuse_are_not_encoded() {
     let data = Data::new(&[1; 8]).unwrap();
@@ -244,6 +252,17 @@ fn values_that_a_decoder_would_refuse_are_not_encoded() {
             shadow_len: 1,
             tags: 0,
         },
+        // A lane beyond the last, none at all, and too many.
+        Message::Join(join(2, 2, 1)),
+        Message::Join(join(0, 0, 0)),
+        Message::Join(join(0, LanePlace::MAX + 1, 0)),
+        // A token where there is none yet, and none where there must be one.
+        Message::Join(join(0, 2, 1)),
+        Message::Join(join(1, 2, 0)),
+        Message::Joined(Joined {
+            place: LanePlace { lane: 0, lanes: 2 },
+            token: JoinToken::NONE,
+        }),
         Message::ConfigRead {
             request,
             offset: 4095,

@@ -42,6 +42,8 @@ pub(crate) fn any_message() -> impl Strategy<Value = Message> {
         vec(any::<u8>(), 0..500).prop_map(|blob| Message::EngineNotice { blob }),
         proptest::option::of(any_export_name()).prop_map(|after| Message::List { after }),
         any_listing().prop_map(Message::Listing),
+        any_join().prop_map(Message::Join),
+        any_joined().prop_map(Message::Joined),
         (request(), config_offset(), 1..=64_u16).prop_map(|(request, offset, len)| {
             Message::ConfigRead {
                 request,
@@ -159,6 +161,35 @@ fn any_limits() -> impl Strategy<Value = RateLimits> {
             bytes_burst,
         },
     )
+}
+
+fn any_place() -> impl Strategy<Value = LanePlace> {
+    (1..=LanePlace::MAX)
+        .prop_flat_map(|lanes| (0..lanes).prop_map(move |lane| LanePlace { lane, lanes }))
+}
+
+/// A token where there is to be one.
+fn any_token(wanted: bool) -> impl Strategy<Value = JoinToken> {
+    (1..=u128::MAX).prop_map(move |bits| match wanted {
+        true => JoinToken(bits.to_le_bytes()),
+        false => JoinToken::NONE,
+    })
+}
+
+fn any_join() -> impl Strategy<Value = Join> {
+    (1..=u64::MAX, any_place()).prop_flat_map(|(epoch, place)| {
+        any_token(place.lane > 0).prop_map(move |token| Join {
+            epoch: Epoch(epoch),
+            place,
+            token,
+        })
+    })
+}
+
+fn any_joined() -> impl Strategy<Value = Joined> {
+    any_place().prop_flat_map(|place| {
+        any_token(place.lane == 0).prop_map(move |token| Joined { place, token })
+    })
 }
 
 pub(crate) fn any_endpoint() -> impl Strategy<Value = RdmaEndpoint> {

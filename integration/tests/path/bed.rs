@@ -3,17 +3,20 @@
 
 use std::io::Write;
 use std::net::TcpListener;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use farbus_compute_agent::lanes::LaneThreads;
 use farbus_device_server::exports::{Export, Exports};
 use farbus_device_server::manager::Manager;
 use farbus_fabric::FabricError;
-use farbus_fabric::session::{ClaimedLink, client};
+use farbus_fabric::provider::Options;
+use farbus_fabric::session::ClaimedLink;
+use farbus_fabric::session::client::{self, Wish};
 use farbus_fabric::wire::{Epoch, ExportName};
 use farbus_integration::scratch::Scratch;
 use farbus_shadow_mem::polling::Polling;
@@ -81,6 +84,24 @@ impl Bed {
     pub(crate) fn attach(&self) -> Attached {
         Attached::new(self.claim_when_free())
     }
+
+    /// In so many lanes.
+    pub(crate) fn attach_in(&self, lanes: u16) -> Attached {
+        let claimed = eventually("the export is free", || claim_in(&self.address, lanes).ok());
+        assert_eq!(claimed.lanes.len(), usize::from(lanes - 1));
+        Attached::new(claimed)
+    }
+}
+
+/// A claim with so many lanes.
+pub(crate) fn claim_in(address: &str, lanes: u16) -> Result<ClaimedLink, FabricError> {
+    let options = Options::tcp();
+    let export = export_name();
+    let wish = Wish {
+        lanes,
+        ..Wish::of(&export)
+    };
+    client::claim_as(address, &wish, "test", PATIENCE, &options)
 }
 
 impl Drop for Bed {
@@ -112,6 +133,7 @@ pub(crate) struct Attached {
     pub(crate) remote: Arc<RemoteFunction>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    lanes: Option<LaneThreads>,
 }
 
 impl Attached {
@@ -120,7 +142,9 @@ impl Attached {
         let stop = Arc::new(AtomicBool::new(false));
         let (served, stopped) = (remote.clone(), stop.clone());
         let thread = std::thread::spawn(move || serve(&served, &stopped));
+        let lanes = LaneThreads::start(&remote, Polling::Adaptive).unwrap();
         Self {
+            lanes: Some(lanes),
             remote,
             stop,
             thread: Some(thread),
@@ -150,6 +174,7 @@ impl Drop for Attached {
             thread.join().unwrap();
         }
         self.remote.release();
+        drop(self.lanes.take());
     }
 }
 
@@ -158,7 +183,12 @@ fn serve(remote: &RemoteFunction, stopped: &AtomicBool) {
     let epoll = Epoll::new().unwrap();
     let mut watched: Option<(LinkInterest, Epoch)> = None;
     let mut ticked = Instant::now();
-    let mut events = [EpollEvent::default()];
+    let mut events = [EpollEvent::default(); 2];
+    let lanes = remote.lanes_event().unwrap();
+    let signalled = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 1);
+    epoll
+        .ctl(ControlOperation::Add, lanes.as_raw_fd(), signalled)
+        .unwrap();
     while !stopped.load(Ordering::Acquire) {
         // A new link may well have the old one's descriptor.
         let wanted = remote

@@ -11,6 +11,8 @@ mod bed;
 mod claims;
 mod data;
 mod guest;
+mod joining;
+mod lanes;
 mod notices;
 mod proxy;
 mod resume;

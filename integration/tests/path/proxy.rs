@@ -81,6 +81,22 @@ impl Proxy {
         self.shared.state().cut();
     }
 
+    /// Ends one connection now: the last that was made, or one before it.
+    pub(crate) fn cut_one(&self, before_last: usize) {
+        for stream in self
+            .shared
+            .state()
+            .open
+            .iter()
+            .rev()
+            .skip(2 * before_last)
+            .take(2)
+        {
+            // Its other end may have gone already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Ends all connections once exactly this many more bytes have gone to the device server.
     pub(crate) fn cut_after(&self, bytes: usize) {
         self.shared.state().fuse = Some(bytes);

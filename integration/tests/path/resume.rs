@@ -10,12 +10,17 @@ use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::driver::{NvmeDriver, Prps, block_command};
 use farbus_vfio::nvme::nvm;
 
-use super::bed::{Attached, BLOCK, Bed, eventually, export_name};
+use super::bed::{Attached, BLOCK, Bed, claim_in, eventually, export_name};
 use super::proxy::Proxy;
 
 fn claim(wire: &Proxy) -> Result<ClaimedLink, FabricError> {
     let patience = Duration::from_secs(5);
     client::claim(&wire.address, &export_name(), "test", patience)
+}
+
+/// A claim of what has lanes already, or is to have.
+fn claim_again(attached: &Attached, wire: &Proxy) -> Result<ClaimedLink, FabricError> {
+    claim_in(&wire.address, attached.remote.lanes().len() as u16 + 1)
 }
 
 /// Commands that have not completed, by queue and command identifier.
@@ -49,15 +54,32 @@ fn recover(attached: &Attached, wire: &Proxy) {
     });
     assert!(lost.error.should_reconnect(), "{}", lost.error);
     drop(lost);
-    let claimed = eventually("the export is free again", || claim(wire).ok());
+    let claimed = eventually("the export is free again", || {
+        claim_again(attached, wire).ok()
+    });
     attached.remote.reconnect(claimed).unwrap();
 }
 
 #[test]
 fn cut_links_lose_nothing_and_complete_nothing_twice() {
+    cut_again_and_again(1, |wire, _| wire.cut());
+}
+
+#[test]
+fn cut_links_of_several_lanes_lose_nothing_and_complete_nothing_twice() {
+    cut_again_and_again(2, |wire, _| wire.cut());
+}
+
+#[test]
+fn a_lane_that_is_lost_takes_the_others_along_and_nothing_is_lost_or_done_twice() {
+    // Now the second connection alone, now the first one.
+    cut_again_and_again(2, |wire, round| wire.cut_one(usize::from(round % 2)));
+}
+
+fn cut_again_and_again(lanes: u16, cut: impl Fn(&Proxy, u8)) {
     let bed = Bed::start("size=64MiB");
     let wire = Proxy::to(&bed.address);
-    let attached = Attached::new(claim(&wire).unwrap());
+    let attached = Attached::new(claim_in(&wire.address, lanes).unwrap());
     let mut driver = attached.driver(2);
     let len = 64 << 10;
     let buffers: Vec<_> = (0..40)
@@ -78,7 +100,7 @@ fn cut_links_lose_nothing_and_complete_nothing_twice() {
             let cid = driver.submit(queue, command).unwrap();
             assert!(outstanding.insert((queue, cid), prps).is_none());
         }
-        wire.cut();
+        cut(&wire, round);
         recover(&attached, &wire);
         complete_all(&mut driver, &mut outstanding);
         for slot in 0..20u8 {

@@ -11,5 +11,6 @@ pub mod identify;
 pub mod prp;
 pub mod record;
 pub mod ring;
+pub mod share;
 mod slots;
 pub mod transfer;

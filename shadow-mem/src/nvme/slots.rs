@@ -64,9 +64,15 @@ impl<T> Slots<T> {
         numbered.filter_map(|(id, slot)| Some((id, slot.as_ref()?)))
     }
 
-    /// As [`Self::iter`], to change them.
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (u16, &mut T)> {
-        let numbered = (0..).zip(&mut self.slots);
+    /// As [`Self::iter`], from id 1 on: those of I/O queues.
+    pub(crate) fn io(&self) -> impl Iterator<Item = (u16, &T)> {
+        let numbered = (1..).zip(self.slots.get(1..).unwrap_or_default());
+        numbered.filter_map(|(id, slot)| Some((id, slot.as_ref()?)))
+    }
+
+    /// As [`Self::io`], to change them.
+    pub(crate) fn io_mut(&mut self) -> impl Iterator<Item = (u16, &mut T)> {
+        let numbered = (1..).zip(self.slots.get_mut(1..).unwrap_or_default());
         numbered.filter_map(|(id, slot)| Some((id, slot.as_mut()?)))
     }
 }

@@ -86,6 +86,7 @@ fn claim(stream: TcpStream, tags: u16, shadow_len: u32) -> ClaimedLink {
             provider: Provider::Tcp,
             why: String::new(),
         },
+        lanes: Vec::new(),
     }
 }
 

@@ -366,6 +366,7 @@ fn claim(
             provider: Provider::Tcp,
             why: String::new(),
         },
+        lanes: Vec::new(),
     };
     let peer = Peer {
         half,

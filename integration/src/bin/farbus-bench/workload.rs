@@ -100,7 +100,12 @@ pub(crate) const MIXED_32: Workload = Workload::new(Pattern::RandRw, SMALL, 32);
 pub(crate) const BIG_READ: Workload = Workload::new(Pattern::Read, BIG, 8);
 pub(crate) const BIG_WRITE: Workload = Workload::new(Pattern::Write, BIG, 8);
 pub(crate) const READ_32_Q4: Workload = READ_32.over(4, 1);
+const BIG_READ_Q4: Workload = BIG_READ.over(4, 1);
+const BIG_WRITE_Q4: Workload = BIG_WRITE.over(4, 1);
 pub(crate) const READ_32_A8: Workload = READ_32.over(1, 8);
+
+/// Those with several queues.
+const SEVERAL_QUEUES: [Workload; 3] = [READ_32_Q4, BIG_READ_Q4, BIG_WRITE_Q4];
 
 /// What every subject that is a disk is given.
 const COMMON: [Workload; 7] = [
@@ -115,8 +120,14 @@ pub(crate) fn common(quick: bool) -> Vec<Workload> {
 /// What Farbus' endpoints are given: more queues and more attachments, too.
 pub(crate) fn wide(quick: bool) -> Vec<Workload> {
     let mut all = COMMON.to_vec();
-    all.extend([READ_32_Q4, READ_32_A8]);
+    all.extend(SEVERAL_QUEUES);
+    all.push(READ_32_A8);
     select(&all, quick)
+}
+
+/// What endpoints with several data threads are given.
+pub(crate) fn of_several_queues(quick: bool) -> Vec<Workload> {
+    select(&SEVERAL_QUEUES, quick)
 }
 
 fn select(all: &[Workload], quick: bool) -> Vec<Workload> {

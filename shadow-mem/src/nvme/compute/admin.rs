@@ -72,26 +72,31 @@ impl ComputeHalf {
             admin::CREATE_CQ => {
                 let vector = (sqe.dword(11) & 2 != 0).then_some((sqe.dword(11) >> 16) as u16);
                 let made = CompletionQueue::new(sqe.prp1(), queue_size(sqe), vector);
-                self.clear_doorbell(queue, true);
-                self.queues.completion.insert(queue, made);
+                self.with_cq(queue, |half| {
+                    half.clear_doorbell(queue, true);
+                    half.queues.completion.insert(queue, made);
+                });
                 self.record_new_completion(queue);
             }
             admin::CREATE_SQ => {
                 let completion = (sqe.dword(11) >> 16) as u16;
                 let made = SubmissionQueue::new(sqe.prp1(), queue_size(sqe), completion);
-                self.clear_doorbell(queue, false);
-                self.queues.submission.insert(queue, made);
+                self.place_sq(queue, completion);
+                self.with_sq(queue, |half| {
+                    half.clear_doorbell(queue, false);
+                    half.queues.submission.insert(queue, made);
+                });
                 self.record_new_submission(queue);
             }
             admin::DELETE_SQ => {
-                self.queues.submission.remove(queue);
+                self.with_sq(queue, |half| half.queues.submission.remove(queue));
             }
-            admin::DELETE_CQ => {
-                let gone = self.queues.completion.remove(queue);
+            admin::DELETE_CQ => self.with_cq(queue, |half| {
+                let gone = half.queues.completion.remove(queue);
                 for tag in gone.into_iter().flat_map(|cq| cq.held) {
-                    self.forget(tag);
+                    half.forget(tag);
                 }
-            }
+            }),
             admin::SET_FEATURES => {
                 self.record_feature(sqe);
                 if sqe.dword(10) as u8 == feature::NUMBER_OF_QUEUES {
@@ -110,10 +115,13 @@ impl ComputeHalf {
     }
 
     fn set_deleting(&mut self, sqe: &SubmissionEntry, deleting: bool) {
-        if let Some(sq) = self.queues.sq(sqe.dword(10) as u16) {
-            sq.deleting = deleting;
-            self.changed = true;
-        }
+        let queue = sqe.dword(10) as u16;
+        self.changed = true;
+        self.with_sq(queue, |half| {
+            if let Some(sq) = half.queues.sq(queue) {
+                sq.deleting = deleting;
+            }
+        });
     }
 
     fn clamp_queues(&self, result: u64) -> u64 {
@@ -134,8 +142,9 @@ impl ComputeHalf {
         }
     }
 
-    fn check_create_cq(&self, sqe: &SubmissionEntry) -> Result<(), Status> {
-        self.new_queue_id(sqe, |half, id| half.queues.completion.get(id).is_some())?;
+    fn check_create_cq(&mut self, sqe: &SubmissionEntry) -> Result<(), Status> {
+        let exists = self.has_cq(sqe.dword(10) as u16);
+        self.new_queue_id(sqe, exists)?;
         self.check_ring(sqe, CQE_SIZE, true)?;
         let vector = sqe.dword(11) >> 16;
         if sqe.dword(11) & 2 != 0 && vector >= self.interrupts.len() {
@@ -144,27 +153,31 @@ impl ComputeHalf {
         Ok(())
     }
 
-    fn check_create_sq(&self, sqe: &SubmissionEntry) -> Result<(), Status> {
-        self.new_queue_id(sqe, |half, id| half.queues.submission.get(id).is_some())?;
+    fn check_create_sq(&mut self, sqe: &SubmissionEntry) -> Result<(), Status> {
+        let exists = self.has_sq(sqe.dword(10) as u16);
+        self.new_queue_id(sqe, exists)?;
         let completion = (sqe.dword(11) >> 16) as u16;
-        match self.queues.completion.get(completion) {
-            // NVMe 1.4 §5.4: the admin completion queue is not one for I/O.
-            Some(_) if completion > 0 => {}
-            _ => return Err(Status::INVALID_CQ),
+        // NVMe 1.4 §5.4: the admin completion queue is not one for I/O.
+        if completion == 0 || !self.has_cq(completion) {
+            return Err(Status::INVALID_CQ);
         }
         self.check_ring(sqe, SQE_SIZE, false)
     }
 
-    fn new_queue_id(
-        &self,
-        sqe: &SubmissionEntry,
-        exists: impl Fn(&Self, u16) -> bool,
-    ) -> Result<(), Status> {
+    fn has_cq(&mut self, id: u16) -> bool {
+        self.with_cq(id, |half| half.queues.completion.get(id).is_some())
+    }
+
+    fn has_sq(&mut self, id: u16) -> bool {
+        self.with_sq(id, |half| half.queues.submission.get(id).is_some())
+    }
+
+    fn new_queue_id(&self, sqe: &SubmissionEntry, exists: bool) -> Result<(), Status> {
         let id = sqe.dword(10) as u16;
         let possible = (1..=self.description.queue_pairs).contains(&id);
         // One that is being created may exist at the device by now, which takes a second
         // creation for a mistake of ours.
-        let is_taken = exists(self, id) || self.tags.has_sent_admin(sqe.opcode(), id);
+        let is_taken = exists || self.tags.has_sent_admin(sqe.opcode(), id);
         if !possible || is_taken {
             return Err(Status::INVALID_QID);
         }
@@ -192,32 +205,34 @@ impl ComputeHalf {
         Ok(())
     }
 
-    fn check_delete_sq(&self, sqe: &SubmissionEntry) -> Result<(), Status> {
+    fn check_delete_sq(&mut self, sqe: &SubmissionEntry) -> Result<(), Status> {
         let id = sqe.dword(10) as u16;
-        match self.queues.submission.get(id) {
-            Some(_) if id > 0 => Ok(()),
+        match self.has_sq(id) {
+            true if id > 0 => Ok(()),
             _ => Err(Status::INVALID_QID),
         }
     }
 
-    fn check_delete_cq(&self, sqe: &SubmissionEntry) -> Result<(), Status> {
+    fn check_delete_cq(&mut self, sqe: &SubmissionEntry) -> Result<(), Status> {
         let id = sqe.dword(10) as u16;
-        match self.queues.completion.get(id) {
-            Some(_) if id > 0 => {}
-            _ => return Err(Status::INVALID_QID),
+        if id == 0 || !self.has_cq(id) {
+            return Err(Status::INVALID_QID);
         }
-        let mut in_use = self.queues.submission.iter();
-        if in_use.any(|(_, sq)| sq.completion_queue == id) {
+        let in_use = self.with_cq(id, |half| {
+            let mut submission = half.queues.submission.iter();
+            submission.any(|(_, sq)| sq.completion_queue == id)
+        });
+        if in_use {
             return Err(Status::INVALID_QUEUE_DELETION);
         }
         Ok(())
     }
 
     /// An Abort names a command by the guest's identifier; at the device it has its tag.
-    fn translate_abort(&self, mut sqe: SubmissionEntry) -> Verdict {
+    fn translate_abort(&mut self, mut sqe: SubmissionEntry) -> Verdict {
         const NOT_ABORTED: u64 = 1;
         let (queue, cid) = (sqe.dword(10) as u16, (sqe.dword(10) >> 16) as u16);
-        match self.tags.find(queue, cid) {
+        match self.with_sq(queue, |half| half.tags.find(queue, cid)) {
             Some(tag) => {
                 sqe.set_dword(10, u32::from(queue) | u32::from(tag.0) << 16);
                 Verdict::Forward(sqe)

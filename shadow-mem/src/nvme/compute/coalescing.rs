@@ -39,12 +39,15 @@ impl ComputeHalf {
                 Some((Status::FEATURE_NOT_SAVEABLE, 0))
             }
             admin::SET_FEATURES if id == feature::INTERRUPT_COALESCING => {
-                self.interrupts.set_coalescing(decode(sqe.dword(11)));
+                let coalescing = decode(sqe.dword(11));
+                self.interrupts.set_coalescing(coalescing);
+                self.each_lane(|half| half.interrupts.set_coalescing(coalescing));
                 Some((Status::SUCCESS, 0))
             }
             admin::SET_FEATURES => {
-                self.interrupts
-                    .set_exempt(vector, sqe.dword(11) & DISABLE != 0);
+                let exempt = sqe.dword(11) & DISABLE != 0;
+                self.interrupts.set_exempt(vector, exempt);
+                self.each_lane(|half| half.interrupts.set_exempt(vector, exempt));
                 Some((Status::SUCCESS, 0))
             }
             admin::GET_FEATURES => {

@@ -4,7 +4,7 @@
 use farbus_fabric::wire::{Complete, CompleteEntry, Header, Kind, Message, Tag, Text};
 use farbus_fabric::{FabricError, Sink, Span};
 use farbus_vfio::RegionIndex;
-use farbus_vfio::nvme::{CompletionEntry, Status};
+use farbus_vfio::nvme::{CompletionEntry, Status, admin};
 use log::debug;
 
 use super::super::identify;
@@ -113,6 +113,19 @@ impl ComputeHalf {
                 }
                 if status.is_success() && identify::is_of_controller(&sqe) {
                     self.offer_doorbells(data.0, data.1);
+                }
+                if !self.lanes.is_empty() {
+                    if self.is_deferred(entry.tag) {
+                        return Err(FabricError::violation(format!(
+                            "{} completes twice",
+                            entry.tag
+                        )));
+                    }
+                    let deleted = sqe.opcode() == admin::DELETE_SQ && status.is_success();
+                    let queue = sqe.dword(10) as u16;
+                    if deleted && self.defers_deletion(entry.tag, queue, status, entry.result) {
+                        return Ok(());
+                    }
                 }
                 self.settle(&sqe, status, entry.result)
             }

@@ -63,21 +63,27 @@ impl ComputeHalf {
         if values == event_indices || !mapped(values) || !mapped(event_indices) {
             return Status::INVALID_FIELD;
         }
-        self.shadow_doorbells = Some(ShadowDoorbells {
+        let doorbells = ShadowDoorbells {
             values,
             event_indices,
-        });
+        };
         debug!("the guest keeps its doorbells in memory: {values}, {event_indices}");
+        self.adopt_doorbells(doorbells);
+        self.each_lane(|half| half.adopt_doorbells(doorbells));
+        Status::SUCCESS
+    }
+
+    fn adopt_doorbells(&mut self, doorbells: ShadowDoorbells) {
+        self.shadow_doorbells = Some(doorbells);
         // Queues that exist already have been rung by their registers so far.
-        if let Some(values) = page(&self.memory, values) {
-            for (id, sq) in self.queues.submission.iter().skip(1) {
+        if let Some(values) = page(&self.memory, doorbells.values) {
+            for (id, sq) in self.queues.submission.io() {
                 store(&values, place(id, false), sq.ring.tail());
             }
-            for (id, cq) in self.queues.completion.iter().skip(1) {
+            for (id, cq) in self.queues.completion.io() {
                 store(&values, place(id, true), cq.ring.head());
             }
         }
-        Status::SUCCESS
     }
 
     /// Takes the tails that the guest has stored; whether one was new. Guest memory that is not
@@ -90,7 +96,7 @@ impl ComputeHalf {
             return false;
         };
         let mut news = false;
-        for (id, sq) in self.queues.submission.iter_mut().skip(1) {
+        for (id, sq) in self.queues.submission.io_mut() {
             if let Some(tail) = load(&values, place(id, false)) {
                 news |= tail != sq.ring.tail() && sq.ring.set_tail(tail);
             }
@@ -108,7 +114,7 @@ impl ComputeHalf {
         let Some(event_indices) = page(&self.memory, doorbells.event_indices) else {
             return news;
         };
-        for (id, sq) in self.queues.submission.iter().skip(1) {
+        for (id, sq) in self.queues.submission.io() {
             store(&event_indices, place(id, false), sq.ring.tail());
         }
         // The guest stores its tail before it reads what was stored here, and this side looks

@@ -72,6 +72,16 @@ impl Lifecycle {
         }
     }
 
+    /// As one of several lanes: everything of before is void, and has come.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.device == Device::Off && !self.reset
+    }
+
+    /// As one of several lanes: everything of before is to be void.
+    pub(super) fn ask_for_reset(&mut self) {
+        self.reset = true;
+    }
+
     /// Whether commands can be sent: both sides are ready, and nothing is to change first.
     pub(super) fn takes_commands(&self) -> bool {
         self.phase == Phase::Ready && self.device == Device::On && !self.stop && !self.reset
@@ -107,7 +117,7 @@ impl ComputeHalf {
         self.drop_commands();
         self.registers.csts &= !csts::CFS;
         self.life.configure = false;
-        if self.life.device == Device::Off && !self.life.reset {
+        if self.life.is_quiet() && !self.lanes.fencing {
             self.disabled();
         } else {
             self.life.phase = Phase::Disabling;
@@ -129,6 +139,7 @@ impl ComputeHalf {
     /// device follows; what it still sends until then is dropped.
     pub fn reset(&mut self) {
         self.drop_commands();
+        self.reset_lanes();
         self.interrupts.reset();
         self.registers.reset();
         self.life.phase = Phase::Disabled;
@@ -154,9 +165,25 @@ impl ComputeHalf {
         self.life.device = Device::Off;
         self.life.stop = false;
         self.release(|state| state == State::Dropped);
+        self.fence_lanes();
+        if !self.lanes.fencing {
+            self.lanes_are_off();
+        }
+    }
+
+    /// No lane has anything of before any more.
+    pub(super) fn lanes_are_off(&mut self) {
+        if self.life.device == Device::Off {
+            self.life.stop = false;
+        }
         if self.life.phase == Phase::Disabling {
             self.disabled();
         }
+    }
+
+    /// As one of several lanes, at a reset.
+    pub(super) fn forget_interrupts(&mut self) {
+        self.interrupts.reset();
     }
 
     /// The device's registers have changed.
@@ -230,7 +257,10 @@ impl ComputeHalf {
             self.life.device = Device::Resetting(request);
             return session.send(&Message::Reset { request });
         }
-        let wanted = matches!(self.life.phase, Phase::Enabling | Phase::Ready);
+        // Other lanes follow lane 0, which waits for them.
+        let wanted = matches!(self.life.phase, Phase::Enabling | Phase::Ready)
+            && self.place.lane == 0
+            && !self.lanes.fencing;
         match self.life.device {
             Device::On | Device::Failed if self.life.stop => {
                 self.life.device = Device::Stopping;

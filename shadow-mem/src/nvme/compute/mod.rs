@@ -11,6 +11,8 @@ mod coalescing;
 mod complete;
 mod doorbells;
 mod interrupts;
+mod lane;
+mod lanes;
 mod lifecycle;
 mod queues;
 mod recover;
@@ -20,12 +22,13 @@ mod segments;
 mod submit;
 mod tags;
 
+pub use lane::Lane;
 pub use replay::Changed;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use farbus_fabric::wire::{self, Message, Tag};
+use farbus_fabric::wire::{self, LanePlace, Message, Tag};
 use farbus_fabric::{FabricError, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, SubmissionEntry};
 use farbus_vfio::{DmaWindow, FunctionError, Iova};
@@ -35,6 +38,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::doorbells::ShadowDoorbells;
 use self::interrupts::Interrupts;
+use self::lanes::Lanes;
 use self::lifecycle::{Lifecycle, Phase};
 use self::queues::Queues;
 use self::registers::{Change, Registers};
@@ -43,6 +47,7 @@ use self::segments::Segments;
 use self::tags::{State, Tags};
 use super::description::NvmeDescription;
 use super::record::Record;
+use super::share;
 use crate::guest::{GuestMemory, Segment};
 use crate::session::{Session, SubmitBatch};
 use crate::shadow::{ShadowAllocator, shared_memory};
@@ -56,9 +61,11 @@ pub struct Outstanding {
     pub shadow_pages: u32,
 }
 
-/// One guest's controller. See the module's own description.
+/// One guest's controller, or another lane's part of it. See the module's own description.
 pub struct ComputeHalf {
     description: NvmeDescription,
+    place: LanePlace,
+    lanes: Lanes,
     registers: Registers,
     life: Lifecycle,
     memory: GuestMemory,
@@ -69,6 +76,7 @@ pub struct ComputeHalf {
     shadow: ShadowAllocator,
     segments: Segments,
     shadow_len: u32,
+    tag_count: u16,
     interrupts: Interrupts,
     /// What the guest set with Set Features, to be set again on a rebuilt controller.
     features: Vec<SubmissionEntry>,
@@ -99,17 +107,46 @@ impl ComputeHalf {
         tags: u16,
         vectors: u32,
     ) -> std::io::Result<Self> {
+        Self::with_lanes(description, shadow_len, tags, vectors, 1)
+    }
+
+    /// As [`Self::new`], in so many lanes.
+    pub fn with_lanes(
+        description: NvmeDescription,
+        shadow_len: u32,
+        tags: u16,
+        vectors: u32,
+        lanes: u16,
+    ) -> std::io::Result<Self> {
+        let place = LanePlace { lane: 0, lanes };
+        let mut half = Self::at(place, description, shadow_len, tags, vectors)?;
+        half.make_lanes(tags, vectors)?;
+        Ok(half)
+    }
+
+    /// One lane's part.
+    fn at(
+        place: LanePlace,
+        description: NvmeDescription,
+        shadow_len: u32,
+        tags: u16,
+        vectors: u32,
+    ) -> std::io::Result<Self> {
+        let shadow = share::shadow(place, shadow_len);
         Ok(Self {
+            place,
+            lanes: Lanes::none()?,
             registers: Registers::new(description.cap, description.vs),
             life: Lifecycle::new(),
             memory: GuestMemory::default(),
             queues: Queues::new(),
             offers_shadow_doorbells: false,
             shadow_doorbells: None,
-            tags: Tags::new(tags),
-            shadow: ShadowAllocator::new(shadow_len),
-            segments: Segments::new(shadow_len, description.max_transfer),
+            tags: Tags::new(share::tags(place, tags)),
+            segments: Segments::new(&shadow, description.max_transfer),
+            shadow: ShadowAllocator::of(shadow),
             shadow_len,
+            tag_count: tags,
             interrupts: Interrupts::new(vectors),
             features: Vec::new(),
             replay: None,
@@ -129,6 +166,7 @@ impl ComputeHalf {
     /// calls [`Self::arm_doorbells`] before each sleep.
     pub fn offer_shadow_doorbells(&mut self) {
         self.offers_shadow_doorbells = true;
+        self.lanes_keep_looking();
     }
 
     /// Reads BAR0; never waits. Doorbells and what the mirror does not hold read as 0.
@@ -164,6 +202,9 @@ impl ComputeHalf {
     /// exist, are ignored (NVMe 1.4 §3.1.24 leaves them undefined).
     fn doorbell(&mut self, queue: u16, completion: bool, value: u32) {
         if self.life.phase != Phase::Ready {
+            return;
+        }
+        if !self.lanes.is_empty() && self.forward_doorbell(queue, completion, value) {
             return;
         }
         // With a shadow doorbell it says that there is something to look at; its value may be
@@ -203,11 +244,12 @@ impl ComputeHalf {
         for (_, command) in self.tags.in_use() {
             command.state = State::Dropped;
         }
+        self.drop_lanes_commands();
     }
 
     /// Frees all commands in certain states.
     fn release(&mut self, which: impl Fn(State) -> bool) {
-        for tag in (0..self.tags.len()).map(Tag) {
+        for tag in self.tags.all() {
             if let Some(command) = self.tags.get(tag) {
                 if which(command.state) {
                     self.shadow.release(command.shadow);
@@ -219,15 +261,16 @@ impl ComputeHalf {
 
     /// What is held now; nothing, once every command has had its answer.
     pub fn outstanding(&self) -> Outstanding {
-        Outstanding {
+        self.outstanding_in_lanes(Outstanding {
             commands: self.tags.in_use_count(),
             shadow_pages: self.shadow.used_pages(),
-        }
+        })
     }
 
     /// Gives the guest's memory to the engine.
     pub fn map(&mut self, window: &DmaWindow) -> Result<(), FunctionError> {
-        self.memory.map(window)
+        self.memory.map(window)?;
+        self.lanes().iter().try_for_each(|lane| lane.map(window))
     }
 
     /// Takes guest memory back: nothing is fetched from it or lands in it any more. Returns the
@@ -243,6 +286,9 @@ impl ComputeHalf {
             let lost = |s: &Segment| !self.memory.covers(s.iova, s.len.into(), true);
             command.landing_failed |= segments.iter().any(lost);
         }
+        for lane in self.lanes() {
+            lane.unmap(iova, len)?;
+        }
         Ok(gone)
     }
 
@@ -257,15 +303,24 @@ impl ComputeHalf {
         first: u32,
         events: &[Option<Arc<EventFd>>],
     ) -> Result<(), FunctionError> {
-        self.interrupts.set(first, events)
+        self.interrupts.set(first, events)?;
+        // All lanes have the same vectors.
+        self.each_lane(|half| {
+            let _ = half.interrupts.set(first, events);
+        });
+        Ok(())
     }
 
     /// See [`farbus_vfio::Function::mask_interrupt`], for MSI-X.
     pub fn mask_interrupt(&mut self, vector: u32, masked: bool) -> Result<(), FunctionError> {
         self.changed = true;
-        let masked = self.interrupts.mask(vector, masked);
+        let done = self.interrupts.mask(vector, masked);
         self.commit();
-        masked
+        done?;
+        self.each_lane(|half| {
+            let _ = half.interrupts.mask(vector, masked);
+        });
+        Ok(())
     }
 
     /// When [`Self::pump`] must be called at the latest, because an interrupt is held back as
@@ -287,6 +342,9 @@ impl ComputeHalf {
             self.pong = None;
             session.send(&Message::Pong { nonce })?;
         }
+        if !self.lanes.is_empty() {
+            self.hear_lanes()?;
+        }
         self.send_changes(session)?;
         if self.life.takes_commands() {
             if let Some(record) = &mut self.record {
@@ -294,6 +352,9 @@ impl ComputeHalf {
             }
             self.look_at_doorbells();
             self.send_commands(session)?;
+        }
+        if !self.lanes.is_empty() {
+            self.tell_lanes();
         }
         self.interrupts.signal();
         self.commit();

@@ -202,8 +202,8 @@ impl ComputeHalf {
         let Some(record) = &self.record else {
             return Ok(());
         };
-        let mut slots: Vec<_> = (0..self.tags.len())
-            .map(|tag| (Tag(tag), record.slot(Tag(tag))))
+        let mut slots: Vec<_> = (self.tags.all())
+            .map(|tag| (tag, record.slot(tag)))
             .filter(|(_, (slot, progress))| {
                 progress.state != SlotState::Free && slot.era == self.era
             })

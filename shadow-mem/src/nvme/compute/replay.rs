@@ -9,7 +9,6 @@
 use std::collections::VecDeque;
 
 use farbus_fabric::FabricError;
-use farbus_fabric::wire::Tag;
 use farbus_vfio::nvme::{Status, SubmissionEntry, admin, nvm};
 
 use super::super::description::NvmeDescription;
@@ -31,6 +30,15 @@ pub(super) struct Replay {
 }
 
 impl Replay {
+    /// Of a lane that only sends again what it had.
+    pub(super) fn of_commands() -> Self {
+        Self {
+            ready: true,
+            busy: false,
+            steps: VecDeque::new(),
+        }
+    }
+
     pub(super) fn controller_is_ready(&mut self) {
         self.ready = true;
     }
@@ -50,12 +58,20 @@ impl Changed {
             what: "it is another function",
         }
     }
+
+    /// Another number of connections.
+    pub(crate) fn lanes() -> Self {
+        Self {
+            what: "it gives another number of lanes; `--data-threads` of what it gives helps",
+        }
+    }
 }
 
 impl ComputeHalf {
     /// The link is gone, and with it everything that was on its way. The device server resets
     /// the function before anyone can claim it again.
     pub fn link_lost(&mut self) {
+        self.lanes_are_lost();
         self.device_is_lost();
         self.commit();
         self.batch.clear();
@@ -67,7 +83,7 @@ impl ComputeHalf {
             }
         }
         // The steps of a rebuild that was under way are taken anew.
-        for tag in (0..self.tags.len()).map(Tag) {
+        for tag in self.tags.all() {
             let replayed = |command: &Command| {
                 command.state == State::Queued && command.origin == Origin::Replay
             };
@@ -87,7 +103,7 @@ impl ComputeHalf {
     ) -> Result<(), Changed> {
         let what = if *description != self.description {
             "its controller or namespaces differ"
-        } else if shadow_len != self.shadow_len || tags != self.tags.len() {
+        } else if shadow_len != self.shadow_len || tags != self.tag_count {
             "its limits differ"
         } else {
             ""
@@ -108,20 +124,32 @@ impl ComputeHalf {
 
     fn rebuild_steps(&self) -> VecDeque<SubmissionEntry> {
         let mut steps: VecDeque<_> = self.features.iter().copied().collect();
-        for (id, cq) in self.queues.completion.iter().skip(1) {
+        let mut submission = VecDeque::new();
+        self.queue_steps(&mut steps, &mut submission);
+        self.each_lane(|half| half.queue_steps(&mut steps, &mut submission));
+        steps.append(&mut submission);
+        steps
+    }
+
+    /// What makes this half's I/O queues: completion queues, and submission queues.
+    fn queue_steps(
+        &self,
+        completion: &mut VecDeque<SubmissionEntry>,
+        submission: &mut VecDeque<SubmissionEntry>,
+    ) {
+        for (id, cq) in self.queues.completion.io() {
             let mut sqe = SubmissionEntry::new(admin::CREATE_CQ);
             sqe.set_dword(10, u32::from(id) | (cq.ring.size() - 1) << 16);
             let interrupt = cq.vector.map_or(0, |vector| 2 | u32::from(vector) << 16);
             sqe.set_dword(11, 1 | interrupt);
-            steps.push_back(sqe);
+            completion.push_back(sqe);
         }
-        for (id, sq) in self.queues.submission.iter().skip(1) {
+        for (id, sq) in self.queues.submission.io() {
             let mut sqe = SubmissionEntry::new(admin::CREATE_SQ);
             sqe.set_dword(10, u32::from(id) | (sq.ring.size() - 1) << 16);
             sqe.set_dword(11, 1 | u32::from(sq.completion_queue) << 16);
-            steps.push_back(sqe);
+            submission.push_back(sqe);
         }
-        steps
     }
 
     /// Sends the next step of a rebuild; after the last one, what was outstanding.
@@ -165,7 +193,7 @@ impl ComputeHalf {
     }
 
     fn send_again(&mut self, session: &mut Session) -> Result<(), FabricError> {
-        for tag in (0..self.tags.len()).map(Tag) {
+        for tag in self.tags.all() {
             let Some(command) = self.tags.get(tag) else {
                 continue;
             };

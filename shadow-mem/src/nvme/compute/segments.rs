@@ -3,6 +3,8 @@
 //! allocator: a command that holds `n` pages of the buffer shadow has at most `n + 1` segments,
 //! hence twice as many places as the shadow has pages are enough for all.
 
+use std::ops::Range;
+
 use farbus_vfio::Iova;
 use farbus_vfio::nvme::{PAGE_SIZE, Status, SubmissionEntry};
 
@@ -15,20 +17,23 @@ const PLACES: usize = 2;
 
 /// See the module's own description.
 pub(super) struct Segments {
+    /// Where the part of the shadow begins, in bytes.
+    base: u32,
     /// A command's are where its shadow pages are.
     storage: Vec<Segment>,
     walked: Vec<Segment>,
 }
 
 impl Segments {
-    /// For a buffer shadow and a largest transfer of so many bytes.
-    pub(super) fn new(shadow_len: u32, max_transfer: u32) -> Self {
-        let pages = shadow_len as usize / PAGE_SIZE;
+    /// For a part of the buffer shadow and a largest transfer of so many bytes.
+    pub(super) fn new(shadow: &Range<u32>, max_transfer: u32) -> Self {
+        let pages = shadow.len() / PAGE_SIZE;
         let unused = Segment {
             iova: Iova(0),
             len: 0,
         };
         Self {
+            base: shadow.start,
             storage: vec![unused; pages * PLACES],
             walked: Vec::with_capacity(max_transfer as usize / PAGE_SIZE + 1),
         }
@@ -45,7 +50,7 @@ impl Segments {
     ) -> Result<usize, Status> {
         prp::walk(memory, sqe.prp1(), sqe.prp2(), len, &mut self.walked)?;
         let count = self.walked.len();
-        let start = place(shadow);
+        let start = self.place(shadow);
         match self.storage.get_mut(start..start + count) {
             Some(places) if count <= shadow.pages as usize * PLACES => {
                 places.copy_from_slice(&self.walked);
@@ -57,11 +62,12 @@ impl Segments {
 
     /// What was kept for a command with these shadow pages.
     pub(super) fn of(&self, shadow: ShadowRange, count: usize) -> &[Segment] {
-        let start = place(shadow);
+        let start = self.place(shadow);
         self.storage.get(start..start + count).unwrap_or_default()
     }
-}
 
-fn place(shadow: ShadowRange) -> usize {
-    shadow.offset as usize / PAGE_SIZE * PLACES
+    /// An empty range may be anywhere.
+    fn place(&self, shadow: ShadowRange) -> usize {
+        shadow.offset.saturating_sub(self.base) as usize / PAGE_SIZE * PLACES
+    }
 }

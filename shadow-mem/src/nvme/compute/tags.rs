@@ -2,6 +2,8 @@
 //! guest until its completion is in the guest's queue; the number of tags bounds everything
 //! that a guest can keep in flight.
 
+use std::ops::Range;
+
 use farbus_fabric::wire::Tag;
 use farbus_vfio::nvme::{Status, SubmissionEntry};
 
@@ -77,22 +79,31 @@ impl Default for Command {
     }
 }
 
-/// All tags of an attachment.
+/// All tags of a lane.
 pub(super) struct Tags {
+    /// The first one.
+    base: u16,
     commands: Vec<Command>,
     free: Vec<Tag>,
 }
 
 impl Tags {
-    pub(super) fn new(count: u16) -> Self {
+    pub(super) fn new(tags: Range<u16>) -> Self {
         Self {
-            commands: (0..count).map(|_| Command::default()).collect(),
-            free: (0..count).rev().map(Tag).collect(),
+            base: tags.start,
+            commands: tags.clone().map(|_| Command::default()).collect(),
+            free: tags.rev().map(Tag).collect(),
         }
     }
 
-    pub(super) fn len(&self) -> u16 {
-        self.commands.len() as u16
+    /// Every tag, in use or not.
+    pub(super) fn all(&self) -> impl Iterator<Item = Tag> + use<> {
+        (self.base..self.base + self.commands.len() as u16).map(Tag)
+    }
+
+    /// Where a tag's command is; beyond the end for one that is not of this lane.
+    fn index(&self, tag: Tag) -> usize {
+        usize::from(tag.0.wrapping_sub(self.base))
     }
 
     /// How many are in use.
@@ -113,7 +124,8 @@ impl Tags {
     /// Takes a free tag. The caller sets up the command.
     pub(super) fn take(&mut self) -> Option<(Tag, &mut Command)> {
         let tag = self.free.pop()?;
-        let command = self.commands.get_mut(usize::from(tag.0))?;
+        let index = self.index(tag);
+        let command = self.commands.get_mut(index)?;
         command.landing_failed = false;
         Some((tag, command))
     }
@@ -127,7 +139,8 @@ impl Tags {
 
     /// Gives a tag back. Its shadow range has been released.
     pub(super) fn free(&mut self, tag: Tag) {
-        if let Some(command) = self.commands.get_mut(usize::from(tag.0)) {
+        let index = self.index(tag);
+        if let Some(command) = self.commands.get_mut(index) {
             command.state = State::Free;
             command.shadow = ShadowRange::default();
             self.free.push(tag);
@@ -135,16 +148,18 @@ impl Tags {
     }
 
     pub(super) fn get(&self, tag: Tag) -> Option<&Command> {
-        self.commands.get(usize::from(tag.0))
+        self.commands.get(self.index(tag))
     }
 
     pub(super) fn get_mut(&mut self, tag: Tag) -> Option<&mut Command> {
-        self.commands.get_mut(usize::from(tag.0))
+        let index = self.index(tag);
+        self.commands.get_mut(index)
     }
 
     /// All tags that are in use, with their commands.
     pub(super) fn in_use(&mut self) -> impl Iterator<Item = (Tag, &mut Command)> {
-        numbered(self.commands.iter_mut()).filter(|(_, command)| command.state != State::Free)
+        numbered(self.base, self.commands.iter_mut())
+            .filter(|(_, command)| command.state != State::Free)
     }
 
     /// Whether an admin command of the guest's with this opcode, about this queue, is at the
@@ -162,7 +177,7 @@ impl Tags {
     /// The command that the guest knows by this queue and command identifier and that has not
     /// completed.
     pub(super) fn find(&self, queue: u16, cid: u16) -> Option<Tag> {
-        numbered(self.commands.iter()).find_map(|(tag, command)| {
+        numbered(self.base, self.commands.iter()).find_map(|(tag, command)| {
             let outstanding = matches!(command.state, State::Sent | State::Queued);
             (outstanding
                 && command.origin == Origin::Guest
@@ -174,8 +189,8 @@ impl Tags {
 }
 
 /// Commands with their tags: there are at most as many as tags can be.
-fn numbered<C>(commands: impl Iterator<Item = C>) -> impl Iterator<Item = (Tag, C)> {
+fn numbered<C>(base: u16, commands: impl Iterator<Item = C>) -> impl Iterator<Item = (Tag, C)> {
     commands
-        .zip(0..=u16::MAX)
+        .zip(base..=u16::MAX)
         .map(|(command, tag)| (Tag(tag), command))
 }

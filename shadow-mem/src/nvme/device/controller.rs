@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farbus_fabric::wire::FaultCode;
-use farbus_vfio::nvme::{DOORBELL_BASE, cap, cc, csts, reg};
+use farbus_vfio::nvme::{cap, cc, csts, reg};
 use farbus_vfio::{Function, FunctionError, Iova, RegionIndex};
 
 use log::warn;
 
 use super::super::description::ADMIN_QUEUE_ENTRIES;
 use super::super::ring::CompletionCursor;
-use super::{DeviceHalf, SubmissionQueue, fault_of};
+use super::queues::{Doorbells, SubmissionQueue};
+use super::{DeviceHalf, fault_of};
 
 /// How often a change of state is looked for.
 const POLL: Duration = Duration::from_millis(1);
@@ -131,14 +132,11 @@ impl Controller {
         self.read32(reg::VS)
     }
 
-    pub(super) fn ring(
-        &self,
-        queue: u16,
-        completion: bool,
-        value: u32,
-    ) -> Result<(), FunctionError> {
-        let index = u64::from(queue) * 2 + u64::from(completion);
-        self.write32(DOORBELL_BASE + index * self.stride, value)
+    pub(super) fn doorbells(&self) -> Doorbells {
+        Doorbells {
+            function: self.function.clone(),
+            stride: self.stride,
+        }
     }
 
     pub(super) fn is_on(&self) -> bool {
@@ -356,7 +354,7 @@ impl DeviceHalf {
 
     pub(super) fn start_controller(&mut self, cc: u32) -> Result<(), FunctionError> {
         self.forget_commands();
-        self.arena.clear_cq(0);
+        self.io.arena.clear_cq(0);
         let sq = SubmissionQueue {
             size: ADMIN_QUEUE_ENTRIES,
             tail: 0,
@@ -365,10 +363,10 @@ impl DeviceHalf {
             completion_queue: 0,
             dirty: false,
         };
-        self.submission.insert(0, sq);
+        self.io.submission.insert(0, sq);
         let cq = CompletionCursor::new(ADMIN_QUEUE_ENTRIES);
-        self.completion.insert(0, cq);
+        self.io.completion.insert(0, cq);
         self.controller
-            .start(cc, self.arena.sq(0), self.arena.cq(0))
+            .start(cc, self.io.arena.sq(0), self.io.arena.cq(0))
     }
 }

@@ -31,7 +31,7 @@ impl DeviceHalf {
         if len == 0 {
             return Ok(());
         }
-        let arena = self.arena.window();
+        let arena = self.io.arena.window();
         let behind = Iova(arena.iova.0 + arena.len as u64);
         let memory = shared_memory("farbus-hmb", len as usize).map_err(DeviceError::Memory)?;
         let window = DmaWindow {
@@ -58,9 +58,10 @@ impl DeviceHalf {
             return;
         };
         let pages = (window.len / PAGE_SIZE) as u32;
-        self.arena
+        self.io
+            .arena
             .write_own_page(&host_memory_descriptor(window.iova, pages));
-        let list = self.arena.own_page().0;
+        let list = self.io.arena.own_page().0;
         let mut sqe = SubmissionEntry::new(admin::SET_FEATURES);
         sqe.set_dword(10, feature::HOST_MEMORY_BUFFER.into());
         sqe.set_dword(11, 1);

@@ -10,7 +10,10 @@ mod complete;
 mod controller;
 mod host_memory;
 mod identity;
+mod lane;
+mod lanes;
 mod probe;
+mod queues;
 mod rate;
 mod segments;
 mod settings;
@@ -23,10 +26,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farbus_fabric::wire::{
-    CompleteBatch, Data, FaultCode, Header, Kind, Message, RateLimits, RequestId, Submit, Text,
-    WireError,
+    Data, FaultCode, Header, Kind, Message, RateLimits, RequestId, Submit, Text, WireError,
 };
-use farbus_fabric::{FabricError, RemoteSpan, Sink, Span};
+use farbus_fabric::{FabricError, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
@@ -38,13 +40,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use self::arena::Arena;
 use self::controller::Controller;
 pub use self::identity::Identity;
-use self::rate::Rate;
-use self::segments::Segments;
+pub use self::lane::{Lane, Round};
+use self::lanes::Lanes;
+use self::queues::Io;
 pub use self::settings::Settings;
-use self::tags::Tags;
 use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
-use super::ring::CompletionCursor;
-use super::slots::Slots;
 use crate::session::Session;
 use crate::shadow::shared_memory;
 
@@ -117,18 +117,6 @@ pub enum DeviceError {
     Controller(String),
 }
 
-/// A submission queue of the device.
-struct SubmissionQueue {
-    size: u32,
-    tail: u32,
-    /// The tail that the device may know of: what is beyond waits for the claim's limits.
-    released: u32,
-    outstanding: u32,
-    completion_queue: u16,
-    /// Entries were released that the doorbell does not tell of yet.
-    dirty: bool,
-}
-
 /// One claim's hold on an NVMe function. Dropping it resets the function and takes its memory
 /// away.
 pub struct DeviceHalf {
@@ -136,19 +124,12 @@ pub struct DeviceHalf {
     description: NvmeDescription,
     settings: Settings,
     identity: Identity,
-    arena: Arena,
-    shadow: DmaWindow,
+    io: Io,
+    lanes: Lanes,
     host_memory: Option<DmaWindow>,
     limits: Limits,
-    tags: Tags,
-    rate: Rate,
-    submission: Slots<SubmissionQueue>,
-    completion: Slots<CompletionCursor>,
     controller: Controller,
     vectors: u32,
-    /// Completions of commands that were never sent.
-    strays: u64,
-    commands: u64,
     event: Arc<EventFd>,
     /// See [`Self::look_at_queues`].
     is_looked_at: bool,
@@ -156,11 +137,6 @@ pub struct DeviceHalf {
     gone: Option<String>,
     /// Answers and updates to be sent: see [`Self::is_backlogged`].
     outbox: VecDeque<Message>,
-    batch: CompleteBatch,
-    payload: Vec<Span>,
-    /// Where the payload goes, on a one-sided link.
-    remote: Vec<RemoteSpan>,
-    segments: Segments,
 }
 
 impl DeviceHalf {
@@ -203,8 +179,11 @@ impl DeviceHalf {
             Arena::new(arena_base, MAX_QUEUE_PAIRS, limits.tags).map_err(DeviceError::Memory)?;
         let event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Memory)?);
         let events = vec![Some(event.clone()); vectors as usize];
+        let controller = Controller::new(function.clone())?;
         let mut half = Self {
-            controller: Controller::new(function.clone())?,
+            io: Io::new(controller.doorbells(), Arc::new(arena), shadow, &limits),
+            lanes: Lanes::none(event.clone()),
+            controller,
             description: NvmeDescription {
                 cap: 0,
                 vs: 0,
@@ -214,29 +193,17 @@ impl DeviceHalf {
             },
             settings: Settings::default(),
             identity: Identity::default(),
-            arena,
-            shadow,
             host_memory: None,
             limits,
-            tags: Tags::new(limits.tags),
-            rate: Rate::unlimited(limits.tags),
-            submission: Slots::new(MAX_QUEUE_PAIRS + 1),
-            completion: Slots::new(MAX_QUEUE_PAIRS + 1),
             vectors,
-            strays: 0,
-            commands: 0,
             event,
             is_looked_at: false,
             gone: None,
             outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
-            batch: CompleteBatch::new(),
-            payload: Vec::with_capacity(MAX_SPANS),
-            remote: Vec::with_capacity(MAX_SPANS),
-            segments: Segments::new(limits.shadow_len),
             function,
         };
-        half.function.map_dma(&half.shadow)?;
-        half.function.map_dma(&half.arena.window())?;
+        half.function.map_dma(&half.io.shadow)?;
+        half.function.map_dma(&half.io.arena.window())?;
         half.function.set_interrupts(kind, 0, &events)?;
         half.probe(settings)?;
         Ok(half)
@@ -249,18 +216,18 @@ impl DeviceHalf {
 
     /// Holds the claim to limits from now on.
     pub fn limit(&mut self, limits: RateLimits) {
-        self.rate.limit(limits, Instant::now());
+        self.io.rate.limit(limits, Instant::now());
     }
 
     /// When [`Self::pump`] is to be called at the latest, for commands that wait for the claim's
     /// limits.
     pub fn due(&self) -> Option<Instant> {
-        self.rate.due()
+        self.io.rate.due()
     }
 
     /// Commands that were given to the device so far.
     pub fn commands(&self) -> u64 {
-        self.commands
+        self.io.commands + self.lanes.commands()
     }
 
     /// Which drive it is.
@@ -281,7 +248,7 @@ impl DeviceHalf {
 
     /// The buffer shadow, as the device sees it.
     pub fn shadow(&self) -> &DmaWindow {
-        &self.shadow
+        &self.io.shadow
     }
 
     /// Is signalled with the device's interrupts; [`Self::pump`] then. Nobody needs to read it
@@ -312,10 +279,12 @@ impl DeviceHalf {
     /// Sends answers, updates, what the device has completed, and whatever else waited for the
     /// network.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
-        self.send_outbox(session)?;
-        if self.rate.holds() {
-            self.release();
+        if !self.lanes.is_empty() {
+            self.hear_lanes()?;
         }
+        self.send_outbox(session)?;
+        self.io.release();
+        self.report_failure();
         self.function.service();
         self.send_completions(session)?;
         // The device may have turned out to be gone meanwhile.
@@ -354,6 +323,7 @@ impl DeviceHalf {
             controller::Update::None => {}
             controller::Update::Started => {
                 self.lend_host_memory();
+                self.tell_lanes(true);
                 self.push_status();
             }
             controller::Update::Stopped => {
@@ -363,6 +333,7 @@ impl DeviceHalf {
             controller::Update::Status => self.push_status(),
             controller::Update::Failed { code, text } => {
                 warn!("{}: {text}", self.function.info().label);
+                self.halt_lanes();
                 if code == FaultCode::Gone {
                     self.gone = Some(text.clone());
                 }
@@ -387,13 +358,8 @@ impl DeviceHalf {
 
     /// The controller has stopped: nothing is at the device any more.
     fn forget_commands(&mut self) {
-        self.tags.clear();
-        self.rate.forget_all();
-        self.submission.clear();
-        self.completion.clear();
-        self.batch.clear();
-        self.payload.clear();
-        self.remote.clear();
+        self.io.forget_commands();
+        self.tell_lanes(false);
     }
 
     fn register_write(&mut self, region: u8, offset: u64, data: &[u8]) {
@@ -457,7 +423,7 @@ impl Sink for DeviceHalf {
         spans: &mut Vec<Span>,
     ) -> Result<(), FabricError> {
         for entry in Submit::decode(header, control)?.entries() {
-            self.landing(&entry.placement, spans)?;
+            self.io.landing(&entry.placement, spans)?;
         }
         Ok(())
     }
@@ -505,6 +471,7 @@ impl Sink for DeviceHalf {
 impl Drop for DeviceHalf {
     /// The order matters: a function that is reset does no more DMA, so its memory can go.
     fn drop(&mut self) {
+        self.close_lanes();
         let label = &self.function.info().label;
         if let Err(error) = self.controller.stop_now() {
             warn!("{label}: could not be disabled: {error}");
@@ -521,8 +488,11 @@ impl Drop for DeviceHalf {
                 break;
             }
         }
-        let arena = self.arena.window();
-        for window in [&self.shadow, &arena].into_iter().chain(&self.host_memory) {
+        let arena = self.io.arena.window();
+        for window in [&self.io.shadow, &arena]
+            .into_iter()
+            .chain(&self.host_memory)
+        {
             if let Err(error) = self.function.unmap_dma(window.iova, window.len as u64) {
                 warn!("{label}: could not take memory back: {error}");
             }

@@ -57,6 +57,8 @@ impl DeviceHalf {
             namespaces: self.ask_namespaces(&controller)?,
         };
         let namespaces = self.description.namespaces.clone();
+        self.io.namespaces = namespaces.clone();
+        self.io.max_transfer = self.description.max_transfer;
         let found = self.ask_settings(&namespaces)?;
         if let Some(wanted) = settings {
             self.put_back(wanted, &found)?;
@@ -90,25 +92,25 @@ impl DeviceHalf {
     pub(super) fn run(&mut self, mut sqe: SubmissionEntry) -> Result<CompletionEntry, DeviceError> {
         let wrong = |what: &str| DeviceError::Controller(what.into());
         sqe.set_cid(self.limits.tags);
-        sqe.set_prps(self.arena.own_page().0, 0);
-        let Some(sq) = self.submission.get_mut(0) else {
+        sqe.set_prps(self.io.arena.own_page().0, 0);
+        let Some(sq) = self.io.submission.get_mut(0) else {
             return Err(wrong("is not enabled"));
         };
-        let arena = &self.arena;
+        let arena = &self.io.arena;
         push(sq, |index| arena.store_sqe(0, index, &sqe.0));
         let tail = sq.tail;
         sq.released = tail;
-        self.controller.ring(0, false, tail)?;
+        self.io.doorbells.ring(0, false, tail)?;
         let until = Instant::now() + COMMAND_TIMEOUT;
         let cqe = loop {
-            let Some(cursor) = self.completion.get_mut(0) else {
+            let Some(cursor) = self.io.completion.get_mut(0) else {
                 return Err(wrong("is not enabled"));
             };
             let (index, phase) = cursor.at();
-            if let Some(cqe) = self.arena.load_cqe(0, index, phase) {
+            if let Some(cqe) = self.io.arena.load_cqe(0, index, phase) {
                 cursor.advance();
                 let head = cursor.head();
-                self.controller.ring(0, true, head)?;
+                self.io.doorbells.ring(0, true, head)?;
                 break cqe;
             }
             if Instant::now() > until {
@@ -116,7 +118,7 @@ impl DeviceHalf {
             }
             std::thread::sleep(POLL);
         };
-        if let Some(sq) = self.submission.get_mut(0) {
+        if let Some(sq) = self.io.submission.get_mut(0) {
             sq.outstanding = 0;
         }
         let _ = self.event.read();
@@ -134,7 +136,7 @@ impl DeviceHalf {
                 cqe.status.0
             )));
         }
-        Ok(self.arena.read_own_page())
+        Ok(self.io.arena.read_own_page())
     }
 
     fn ask_queue_pairs(&mut self) -> Result<u16, DeviceError> {

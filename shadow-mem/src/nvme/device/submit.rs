@@ -1,7 +1,5 @@
 //! From the link to the device's submission queues.
 
-use std::time::Instant;
-
 use farbus_fabric::wire::{Direction, Placement, Submit, SubmitEntry};
 use farbus_fabric::{FabricError, Span};
 use farbus_vfio::Iova;
@@ -12,10 +10,12 @@ use vm_memory::VolatileMemory;
 use super::super::description::MAX_QUEUE_ENTRIES;
 use super::super::prp;
 use super::super::transfer::{self, Transfer};
+use super::DeviceHalf;
+use super::arena::Arena;
+use super::queues::{Io, SubmissionQueue};
 use super::tags::Command;
-use super::{DeviceHalf, SubmissionQueue};
 
-impl DeviceHalf {
+impl Io {
     /// Where a command's data lands in the buffer shadow.
     pub(super) fn landing(
         &self,
@@ -62,7 +62,8 @@ impl DeviceHalf {
         let end = u64::from(shadow_offset) + u64::from(data_len);
         if shadow_offset as usize % PAGE_SIZE != 0
             || end > self.shadow.len as u64
-            || data_len > self.description.max_transfer
+            || !self.has_range(shadow_offset, data_len)
+            || data_len > self.max_transfer
         {
             return Err(FabricError::violation(format!(
                 "{data_len} bytes at {shadow_offset:#x} do not fit the buffer shadow"
@@ -71,48 +72,12 @@ impl DeviceHalf {
         Ok(())
     }
 
-    /// Places a batch of commands in the device's queues and rings each doorbell once.
-    pub(super) fn submit(&mut self, batch: Submit<'_>) -> Result<(), FabricError> {
-        if !self.controller.is_on() {
-            // The guest's driver does not know yet. It resets the controller, and that ends
-            // these commands too.
-            debug!("dropped commands for a controller that is not enabled");
-            return Ok(());
-        }
-        for entry in batch.entries() {
-            self.place(&entry)?;
-            self.commands += 1;
-        }
-        self.release();
-        Ok(())
-    }
-
-    /// Lets the device know of all commands that the claim's limits let through now.
-    pub(super) fn release(&mut self) {
-        if self.rate.holds() {
-            let now = Instant::now();
-            while let Some(queue) = self.rate.next(now) {
-                if let Some(sq) = self.submission.get_mut(queue) {
-                    sq.released = (sq.released + 1) % sq.size;
-                    sq.dirty = true;
-                }
-            }
-        }
-        for id in 0..self.submission.end() {
-            let Some(sq) = self.submission.get_mut(id) else {
-                continue;
-            };
-            if std::mem::take(&mut sq.dirty) {
-                if let Err(error) = self.controller.ring(id, false, sq.released) {
-                    let update = self.controller.failed(&error);
-                    self.report(update);
-                    break;
-                }
-            }
-        }
-    }
-
-    fn place(&mut self, entry: &SubmitEntry<'_>) -> Result<(), FabricError> {
+    /// Places a command in the device's queue; `rewrite` has the last word on it.
+    pub(super) fn place(
+        &mut self,
+        entry: &SubmitEntry<'_>,
+        rewrite: impl FnOnce(&Arena, &mut SubmissionEntry),
+    ) -> Result<(), FabricError> {
         let placement = &entry.placement;
         let (tag, queue) = (placement.tag, placement.queue.0);
         let guest = SubmissionEntry(*entry.command);
@@ -122,7 +87,7 @@ impl DeviceHalf {
         }
         let transfer = match queue {
             0 => transfer::of_admin(&guest),
-            _ => transfer::of_nvm(&guest, &self.description.namespaces),
+            _ => transfer::of_nvm(&guest, &self.namespaces),
         };
         let declared = match placement.direction {
             Direction::None => Transfer::None,
@@ -139,9 +104,6 @@ impl DeviceHalf {
         sqe.set_cid(tag.0);
         sqe.set_mptr(0);
         let data = Iova(self.shadow.iova.0 + u64::from(placement.shadow_offset));
-        if queue == 0 {
-            self.check_create(&guest)?;
-        }
         let arena = &self.arena;
         let (prp1, prp2) = prp::build(
             data,
@@ -152,9 +114,7 @@ impl DeviceHalf {
             },
         );
         sqe.set_prps(prp1, prp2);
-        if queue == 0 {
-            self.translate_create(&mut sqe);
-        }
+        rewrite(arena, &mut sqe);
         // A device need not fill all that an admin command gives it; what was there before is
         // not for this guest. Of the I/O commands only Read brings data, and fills it.
         if let (Transfer::FromDevice(len), 0) = (declared, queue) {
@@ -169,6 +129,7 @@ impl DeviceHalf {
             }
         };
         let segments = self.segments.keep(placement, entry.segments.clone())?;
+        self.commands += 1;
         push(sq, |index| arena.store_sqe(queue, index, &sqe.0));
         if queue != 0 && self.rate.is_limited() {
             self.rate.hold(queue, placement.data_len);
@@ -188,20 +149,61 @@ impl DeviceHalf {
         );
         Ok(())
     }
+}
+
+impl DeviceHalf {
+    /// Places a batch of commands in the device's queues and rings each doorbell once.
+    pub(super) fn submit(&mut self, batch: Submit<'_>) -> Result<(), FabricError> {
+        if !self.controller.is_on() {
+            // The guest's driver does not know yet. It resets the controller, and that ends
+            // these commands too.
+            debug!("dropped commands for a controller that is not enabled");
+            return Ok(());
+        }
+        for entry in batch.entries() {
+            if entry.placement.queue.0 == 0 {
+                self.place_admin(&entry)?;
+            } else {
+                self.io.place(&entry, |_, _| {})?;
+            }
+        }
+        self.io.release();
+        self.report_failure();
+        Ok(())
+    }
+
+    /// The controller has failed if a doorbell of its has.
+    pub(super) fn report_failure(&mut self) {
+        if let Some(error) = self.io.failed.take() {
+            let update = self.controller.failed(&error);
+            self.report(update);
+        }
+    }
+
+    fn place_admin(&mut self, entry: &SubmitEntry<'_>) -> Result<(), FabricError> {
+        let sqe = SubmissionEntry(*entry.command);
+        self.check_create(&sqe)?;
+        let queues = Made {
+            vector: self.vector_for(&sqe),
+            interrupts: !self.is_looked_at,
+        };
+        self.io
+            .place(entry, |arena, sqe| queues.translate(arena, sqe))
+    }
 
     /// A queue that is to be created must fit this half's own memory.
-    fn check_create(&self, sqe: &SubmissionEntry) -> Result<(), FabricError> {
+    fn check_create(&mut self, sqe: &SubmissionEntry) -> Result<(), FabricError> {
         let (id, size) = (sqe.dword(10) as u16, (sqe.dword(10) >> 16) + 1);
-        let taken = match sqe.opcode() {
-            admin::CREATE_CQ => self.completion.get(id).is_some(),
+        let exists = match sqe.opcode() {
+            admin::CREATE_CQ => self.with_cq(id, |io| io.completion.get(id).is_some()),
             // On the admin completion queue there is only the admin queue (NVMe 1.4 §5.4).
-            admin::CREATE_SQ if sqe.dword(11) >> 16 == 0 => true,
-            admin::CREATE_SQ => self.submission.get(id).is_some(),
+            admin::CREATE_SQ if sqe.dword(11) >> 16 == 0 => Some(true),
+            admin::CREATE_SQ => self.with_sq(id, |io| io.submission.get(id).is_some()),
             _ => return Ok(()),
         };
         let possible = (1..=self.description.queue_pairs).contains(&id)
             && (2..=MAX_QUEUE_ENTRIES).contains(&size)
-            && !taken;
+            && exists == Some(false);
         if !possible {
             return Err(FabricError::violation(format!(
                 "queue {id} of {size} entries cannot be created"
@@ -210,20 +212,36 @@ impl DeviceHalf {
         Ok(())
     }
 
-    /// Queues are made in this half's own memory.
-    fn translate_create(&self, sqe: &mut SubmissionEntry) {
+    /// The interrupt of a completion queue. Whatever the guest says: it is this half that waits
+    /// for it; with several lanes, it is the lane's.
+    fn vector_for(&self, sqe: &SubmissionEntry) -> u32 {
+        let vector = match self.lanes.is_empty() {
+            true => sqe.dword(11) >> 16,
+            false => self.lanes.lane_of_cq(sqe.dword(10) as u16).into(),
+        };
+        vector.min(self.vectors - 1)
+    }
+}
+
+/// How queues are made at the device.
+struct Made {
+    vector: u32,
+    interrupts: bool,
+}
+
+impl Made {
+    /// Queues are made in the device half's own memory.
+    fn translate(&self, arena: &Arena, sqe: &mut SubmissionEntry) {
         let id = sqe.dword(10) as u16;
         match sqe.opcode() {
             admin::CREATE_CQ => {
-                self.arena.clear_cq(id);
-                sqe.set_prps(self.arena.cq(id).0, 0);
-                // Whatever the guest says: it is this half that waits for them, or not.
-                let vector = (sqe.dword(11) >> 16).min(self.vectors - 1);
-                let interrupts = if self.is_looked_at { 0b01 } else { 0b11 };
-                sqe.set_dword(11, vector << 16 | interrupts);
+                arena.clear_cq(id);
+                sqe.set_prps(arena.cq(id).0, 0);
+                let interrupts = if self.interrupts { 0b11 } else { 0b01 };
+                sqe.set_dword(11, self.vector << 16 | interrupts);
             }
             admin::CREATE_SQ => {
-                sqe.set_prps(self.arena.sq(id).0, 0);
+                sqe.set_prps(arena.sq(id).0, 0);
                 // Contiguous, whatever the peer says: else the device takes the queue itself
                 // for a list of pages.
                 sqe.set_dword(11, sqe.dword(11) | 1);

@@ -1,5 +1,7 @@
 //! What the device half knows of each command that is at the device.
 
+use std::ops::Range;
+
 use farbus_fabric::wire::Tag;
 use farbus_vfio::nvme::SubmissionEntry;
 
@@ -18,39 +20,58 @@ pub(super) struct Command {
 }
 
 /// The commands by tag; a tag is the command's identifier at the device.
-pub(super) struct Tags(Vec<Option<Command>>);
+pub(super) struct Tags {
+    /// The first one.
+    base: u16,
+    commands: Vec<Option<Command>>,
+}
 
 impl Tags {
-    pub(super) fn new(count: u16) -> Self {
-        Self(vec![None; usize::from(count)])
+    pub(super) fn new(tags: Range<u16>) -> Self {
+        Self {
+            base: tags.start,
+            commands: vec![None; tags.len()],
+        }
+    }
+
+    /// How many there are, in use or not.
+    pub(super) fn count(&self) -> usize {
+        self.commands.len()
+    }
+
+    /// Where a tag's command is; beyond the end for one that is not of this lane.
+    fn index(&self, tag: Tag) -> usize {
+        usize::from(tag.0.wrapping_sub(self.base))
     }
 
     /// Whether the tag exists and no command has it.
     pub(super) fn is_free(&self, tag: Tag) -> bool {
-        matches!(self.0.get(usize::from(tag.0)), Some(None))
+        matches!(self.commands.get(self.index(tag)), Some(None))
     }
 
     pub(super) fn insert(&mut self, tag: Tag, command: Command) {
-        if let Some(slot) = self.0.get_mut(usize::from(tag.0)) {
+        let index = self.index(tag);
+        if let Some(slot) = self.commands.get_mut(index) {
             *slot = Some(command);
         }
     }
 
     /// Takes the command that the device completed, if it has one of this tag and queue.
     pub(super) fn take(&mut self, tag: Tag, queue: u16) -> Option<Command> {
-        let slot = self.0.get_mut(usize::from(tag.0))?;
+        let index = self.index(tag);
+        let slot = self.commands.get_mut(index)?;
         slot.take_if(|command| command.queue == queue)
     }
 
     /// Takes any command of a queue.
     pub(super) fn take_of_queue(&mut self, queue: u16) -> Option<Tag> {
         let of_queue = |slot: &Option<Command>| slot.is_some_and(|c| c.queue == queue);
-        let tag = self.0.iter().position(of_queue)?;
-        self.0[tag] = None;
-        Some(Tag(tag as u16))
+        let index = self.commands.iter().position(of_queue)?;
+        self.commands[index] = None;
+        Some(Tag(self.base + index as u16))
     }
 
     pub(super) fn clear(&mut self) {
-        self.0.fill(None);
+        self.commands.fill(None);
     }
 }

@@ -7,7 +7,7 @@ use farbus_integration::counts::{SystemCalls, has_tool};
 
 use super::load::{self, Extent, Target};
 use super::path::{Attached, Backing, Poll};
-use super::{ENDPOINT, ENDPOINT_ADAPTIVE, ENDPOINT_NULL};
+use super::{ENDPOINT, ENDPOINT_ADAPTIVE, ENDPOINT_NULL, ENDPOINT_THREADS};
 use crate::results::{Figures, figure};
 use crate::session::{Plan, Skip, Subject, Take};
 use crate::usage;
@@ -25,11 +25,18 @@ pub(super) fn subjects() -> Vec<Box<dyn Subject>> {
             name,
             backing,
             poll,
+            threads: 1,
         })
     };
     vec![
         endpoint(ENDPOINT, Backing::Memory, Poll::Never),
         endpoint(ENDPOINT_ADAPTIVE, Backing::Memory, Poll::Adaptive),
+        Box::new(Endpoint {
+            name: ENDPOINT_THREADS,
+            backing: Backing::Memory,
+            poll: Poll::Adaptive,
+            threads: 2,
+        }),
         endpoint(ENDPOINT_NULL, Backing::Null, Poll::Adaptive),
     ]
 }
@@ -38,11 +45,15 @@ struct Endpoint {
     name: &'static str,
     backing: Backing,
     poll: Poll,
+    /// Data threads on each side.
+    threads: u16,
 }
 
 impl Endpoint {
     fn workloads(&self, quick: bool) -> Vec<Workload> {
         match self.backing {
+            // Each thread has queues of its own.
+            Backing::Memory if self.threads > 1 => workload::of_several_queues(quick),
             Backing::Memory => workload::wide(quick),
             Backing::Null => vec![READ_1, READ_32, BIG_READ],
         }
@@ -70,7 +81,8 @@ impl Subject for Endpoint {
             }
             // The same data in all, however many there are.
             let size = SIZE / u64::from(attachments);
-            let mut attached = Attached::start(self.backing, size, attachments, self.poll)?;
+            let mut attached =
+                Attached::start(self.backing, size, attachments, self.poll, self.threads)?;
             let fill = (&take.plan.fill()).into();
             load::run(&target(&attached), &BIG_WRITE, false, fill)?;
             for workload in some {

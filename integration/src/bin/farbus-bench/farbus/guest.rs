@@ -52,7 +52,7 @@ impl Subject for Guests {
 
     fn measure(&self, take: &mut Take<'_>) -> Result<()> {
         let scratch = Scratch::new("local")?;
-        let attached = Attached::start(Backing::Memory, LENT, 1, Poll::Adaptive)?;
+        let attached = Attached::start(Backing::Memory, LENT, 1, Poll::Adaptive, 1)?;
         let socket = scratch.join("local.sock").display().to_string();
         let spec = Backing::Memory.spec(LOCAL);
         let arguments = ["serve", "--soft-nvme", &spec, "--socket", &socket];

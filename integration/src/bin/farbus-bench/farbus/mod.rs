@@ -18,6 +18,8 @@ use crate::session::Subject;
 pub(crate) const ENDPOINT: &str = "Farbus endpoint";
 /// Both daemons poll while it pays: what an operator gets.
 pub(crate) const ENDPOINT_ADAPTIVE: &str = "Farbus endpoint, adaptive";
+/// The same, and each side has two data threads with a connection each.
+pub(crate) const ENDPOINT_THREADS: &str = "Farbus endpoint, 2 data threads";
 /// The same with a drive that moves no data, to be seen beside [`NBD_NULL`](crate::peers::NBD_NULL); its
 /// memory is the daemons' own.
 pub(crate) const ENDPOINT_NULL: &str = "Farbus endpoint, null drive";

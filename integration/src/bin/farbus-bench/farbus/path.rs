@@ -116,7 +116,13 @@ pub(crate) struct Attached {
 }
 
 impl Attached {
-    pub(crate) fn start(backing: Backing, size: u64, count: u32, poll: Poll) -> Result<Self> {
+    pub(crate) fn start(
+        backing: Backing,
+        size: u64,
+        count: u32,
+        poll: Poll,
+        threads: u16,
+    ) -> Result<Self> {
         static POLL: OnceLock<bool> = OnceLock::new();
         let server = Server::start(backing, size, count, poll)?;
         let scratch = Scratch::new("farbus")?;
@@ -136,6 +142,9 @@ impl Attached {
             .into();
             arguments.push(socket.display().to_string());
             arguments.extend(poll.arguments(AGENT, "attach", &POLL));
+            if threads > 1 {
+                arguments.extend(["--data-threads".into(), threads.to_string()]);
+            }
             agents.push(start(AGENT, &arguments)?);
             sockets.push(socket);
         }
