@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -23,18 +24,19 @@ const LOOKS_PER_WAIT: u32 = 16;
 const LINK: u64 = 0;
 const OTHER: u64 = 1;
 
-/// The threads of a function's further lanes. They end when the function is released, and are
-/// waited for when this is dropped.
-pub struct LaneThreads(Vec<JoinHandle<()>>);
+/// The threads of a function's further lanes. They end when the function is released, or when this is
+/// dropped, which waits for them.
+pub struct LaneThreads(Vec<(Arc<Lane>, JoinHandle<()>)>);
 
 impl LaneThreads {
     /// Starts one for each lane of a function beside the first.
     pub fn start(remote: &RemoteFunction, polling: Polling) -> std::io::Result<Self> {
         let mut threads = Vec::new();
         for (lane, number) in remote.lanes().into_iter().zip(1..) {
-            let serve = move || serve(&lane, number, polling);
+            let served = lane.clone();
+            let serve = move || serve(&served, number, polling);
             let name = format!("lane-{number}");
-            threads.push(thread::Builder::new().name(name).spawn(serve)?);
+            threads.push((lane, thread::Builder::new().name(name).spawn(serve)?));
         }
         Ok(Self(threads))
     }
@@ -42,7 +44,8 @@ impl LaneThreads {
 
 impl Drop for LaneThreads {
     fn drop(&mut self) {
-        for thread in self.0.drain(..) {
+        for (lane, thread) in self.0.drain(..) {
+            lane.end();
             // Whoever panicked has ended the process.
             let _ = thread.join();
         }

@@ -83,7 +83,8 @@ struct Daemons {
 }
 
 impl Daemons {
-    fn start() -> Self {
+    /// With so many data threads on each side.
+    fn start(threads: u16) -> Self {
         let scratch = Scratch::new("allocations").unwrap();
         let spec = format!("path={},size=256MiB", scratch.join("disk.img").display());
         let drive = SoftNvme::open(&spec.parse().unwrap()).unwrap();
@@ -94,7 +95,7 @@ impl Daemons {
             providers: Options::tcp(),
             allow_tcp_fallback: false,
             limits: RateLimits::NONE,
-            data_threads: 1,
+            data_threads: threads,
         };
         let exports = Exports::new(vec![Export::new(source.export.clone(), Arc::new(drive))]);
         let manager = Manager::new(listener, exports, Polling::Adaptive).unwrap();
@@ -104,7 +105,9 @@ impl Daemons {
             .name("manager".into())
             .spawn(move || manager.run(&stopped).unwrap())
             .unwrap();
-        let claimed = claim(&source).unwrap();
+        let mut claiming = source.clone();
+        let claimed = claiming.claim(PATIENCE).unwrap();
+        assert_eq!(claimed.lanes.len(), usize::from(threads - 1));
         let remote = Arc::new(RemoteFunction::new("test".into(), claimed).unwrap());
         let endpoint = Endpoint::bind(&scratch.join("disk0.sock"), remote.clone()).unwrap();
         let export = source.clone();
@@ -262,7 +265,14 @@ fn for_a_while(mut act: impl FnMut()) {
 
 #[test]
 fn neither_side_allocates_for_io() {
-    let daemons = Daemons::start();
+    // One after the other, since a signal ends all agents of a process.
+    for threads in [1, 2] {
+        check(threads);
+    }
+}
+
+fn check(threads: u16) {
+    let daemons = Daemons::start(threads);
     let mut driver = daemons.connect();
     let workload = Workload::new(&mut driver);
     // What is kept for good is set aside by the first commands of each kind.

@@ -123,12 +123,36 @@ fn complete_has_the_documented_layout() {
 }
 
 #[test]
+fn join_and_joined_have_the_documented_layout() {
+    let mut control = Vec::new();
+    let header = Message::Join(join(1, 2, 0xab))
+        .encode(&mut control)
+        .unwrap();
+    assert_eq!(header.kind.number(), 0x0d);
+    assert_eq!(
+        control[..16],
+        [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 2, 0, 0, 0, 0, 0]
+    );
+    assert_eq!(control[16..], [0xab; 16]);
+
+    control.clear();
+    let joined = Joined {
+        place: LanePlace { lane: 0, lanes: 2 },
+        token: JoinToken([0xcd; 16]),
+    };
+    let header = Message::Joined(joined).encode(&mut control).unwrap();
+    assert_eq!(header.kind.number(), 0x0e);
+    assert_eq!(control[..8], [0, 0, 2, 0, 0, 0, 0, 0]);
+    assert_eq!(control[8..], [0xcd; 16]);
+}
+
+#[test]
 fn kinds_are_found_by_their_numbers() {
     for kind in Kind::ALL {
         assert_eq!(Kind::from_number(kind.number()), Some(*kind));
     }
     assert_eq!(Kind::from_number(0), None);
-    assert_eq!(Kind::ALL.len(), 30);
+    assert_eq!(Kind::ALL.len(), 32);
 }
 
 /// `docs/protocol.md`, RDMA.

@@ -220,7 +220,8 @@ impl Lane {
         }
     }
 
-    pub(super) fn end(&self) {
+    /// Gives the link back, and has the thread end.
+    pub fn end(&self) {
         let mut state = self.lock();
         if let Some(mut session) = state.session.take() {
             // The end of the connection says the same, only less politely.

@@ -166,7 +166,7 @@ impl DeviceHalf {
         match sqe.opcode() {
             admin::CREATE_CQ => {
                 self.with_cq(id, |io| {
-                    io.completion.insert(id, CompletionCursor::new(size))
+                    io.completion.insert(id, CompletionCursor::new(size));
                 });
             }
             admin::CREATE_SQ => {
