@@ -9,7 +9,7 @@
 )]
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -34,6 +34,17 @@ const HALVES: [&str; 4] = [
     "--slice",
     "name=b,offset=32MiB,size=32MiB",
 ];
+
+/// What is measured is measured alone: the other tests of this file wait meanwhile.
+static QUIET: RwLock<()> = RwLock::new(());
+
+fn measuring() -> RwLockWriteGuard<'static, ()> {
+    QUIET.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn beside_others() -> RwLockReadGuard<'static, ()> {
+    QUIET.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn serve(drive: &str, options: &[&str]) -> Daemon {
     let first = [
@@ -119,6 +130,7 @@ fn both(address: &str, options: [&[&str]; 2]) -> [Value; 2] {
 
 #[test]
 fn slices_are_exports_of_their_own_and_verified_at_once() -> TestResult {
+    let _quiet = beside_others();
     let scratch = Scratch::new("slices")?;
     let disk = scratch.join("disk.img");
     let on_file = format!("path={},size=64MiB,queues=8", disk.display());
@@ -158,6 +170,7 @@ fn slices_are_exports_of_their_own_and_verified_at_once() -> TestResult {
 
 #[test]
 fn killed_claimant_does_not_disturb_another() -> TestResult {
+    let _quiet = measuring();
     let scratch = Scratch::new("crash")?;
     let drive = format!(
         "path={},size=64MiB,queues=8",
@@ -202,6 +215,7 @@ fn killed_claimant_does_not_disturb_another() -> TestResult {
 
 #[test]
 fn equal_claimants_get_within_20_percent_of_each_other() -> TestResult {
+    let _quiet = measuring();
     let scratch = Scratch::new("fair")?;
     let on_file = format!(
         "path={},size=64MiB,queues=8",
@@ -227,6 +241,7 @@ fn equal_claimants_get_within_20_percent_of_each_other() -> TestResult {
 
 #[test]
 fn greedy_claimant_does_not_starve_a_modest_one() -> TestResult {
+    let _quiet = measuring();
     let scratch = Scratch::new("greedy")?;
     let drive = format!(
         "path={},size=64MiB,queues=8",
@@ -268,6 +283,7 @@ fn within_10_percent(found: f64, wanted: f64) {
 
 #[test]
 fn limits_hold_within_10_percent() -> TestResult {
+    let _quiet = measuring();
     let slices = [
         "--slice",
         "name=a,size=32MiB,iops=2000",
