@@ -286,8 +286,11 @@ impl Controller {
                 let addresses = pair.addresses(&self.own);
                 let made = drive.create_pair(pair.id, addresses, cq.vector.is_some());
                 made.map_err(|error| {
-                    drive.fail("making a queue", &error);
-                    Status::INTERNAL_ERROR
+                    // A drive that refuses still answers, and works for the others.
+                    if error.status().is_none() {
+                        drive.fail("making a queue", &error);
+                    }
+                    error.status().unwrap_or(Status::INTERNAL_ERROR)
                 })
             });
         made?;
