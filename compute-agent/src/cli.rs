@@ -13,6 +13,7 @@ use farbus_fabric::FabricError;
 use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::ExportName;
+use farbus_shadow_mem::limits::LimitSpec;
 use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
@@ -59,7 +60,7 @@ Prints one line that begins with \"ready\" when a VMM can connect. For QEMU, the
 memory must be shared (memory-backend-memfd with share=on).
 
 {EXIT_CODES}"))]
-    Attach(AttachArgs),
+    Attach(Box<AttachArgs>),
     /// Says whether this host can use RDMA, and what helps where it cannot.
     #[command(after_help = "\
 Example:
@@ -95,6 +96,10 @@ struct AttachArgs {
     /// be had. Without this the guest waits for RDMA.
     #[arg(long)]
     allow_tcp_fallback: bool,
+    /// Holds this attachment to limits: `[iops=N][,iops-burst=N][,bytes-per-second=SIZE][,bytes-burst=SIZE]`.
+    /// Commands beyond them wait. The device server may have lower ones, which hold then.
+    #[arg(long, value_name = "SPEC")]
+    limit: Option<LimitSpec>,
     /// The RDMA device to use, such as mlx5_0. By default the one that has the address from which
     /// the device server is reached.
     #[arg(long, value_name = "NAME")]
@@ -187,6 +192,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
             gid_index: args.gid_index,
         },
         allow_tcp_fallback: args.allow_tcp_fallback,
+        limits: args.limit.unwrap_or_default().rates(),
     };
     let deadline = Duration::from_secs(args.connect_timeout);
     let remote = claim_at_start(args, &mut source, deadline)
