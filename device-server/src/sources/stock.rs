@@ -83,7 +83,7 @@ impl Stock {
                 stock.exports.push(export);
             }
         }
-        ask(&stock.exports);
+        ask(&stock.exports.iter().collect::<Vec<_>>());
         Ok(stock)
     }
 

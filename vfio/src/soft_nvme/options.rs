@@ -188,7 +188,7 @@ impl FromStr for SoftNvmeConfig {
 
 impl SoftNvmeConfig {
     /// What the types leave open, for those that were not parsed too.
-    pub(super) fn check(&self) -> Result<(), OptionError> {
+    pub fn check(&self) -> Result<(), OptionError> {
         match &self.medium {
             Medium::File(path) if path.as_os_str().is_empty() => return Err(OptionError::NoPath),
             Medium::Memory | Medium::Null if self.size.is_none() => {
