@@ -22,6 +22,7 @@
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
 //! - [`vfio`] makes machines that lend their devices, and binds these.
 //! - [`rdma`] makes machines with soft RoCE.
+//! - [`claimant`] runs claimants that are no machines.
 //! - [`service`] runs the agent as a service, and asks it.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
 //! - [`counting`] tells who allocates.
@@ -35,6 +36,7 @@
 pub mod attached;
 pub mod builder;
 pub mod cache;
+pub mod claimant;
 pub mod cloud_hypervisor;
 #[allow(unsafe_code, reason = "an allocator is unsafe to write")]
 pub mod counting;
