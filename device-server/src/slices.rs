@@ -25,7 +25,7 @@ use serde::{Deserialize, Deserializer, de};
 /// use farbus_device_server::slices::SliceConfig;
 ///
 /// let slice: SliceConfig = "name=a,offset=1GiB,size=512MiB,iops=5000".parse()?;
-/// assert_eq!((slice.offset, slice.limits.iops), (1 << 30, Some(5000)));
+/// assert_eq!((slice.offset, slice.limits.and_then(|limits| limits.iops)), (1 << 30, Some(5000)));
 /// # Ok::<(), String>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

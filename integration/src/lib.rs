@@ -22,6 +22,7 @@
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
 //! - [`vfio`] makes machines that lend their devices, and binds these.
 //! - [`rdma`] makes machines with soft RoCE.
+//! - [`claimant`] runs claimants that are no machines.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
 //! - [`counting`] tells who allocates.
 //! - [`counts`] counts what programs do: system calls, instructions.
@@ -33,6 +34,7 @@
 pub mod attached;
 pub mod builder;
 pub mod cache;
+pub mod claimant;
 #[allow(unsafe_code, reason = "an allocator is unsafe to write")]
 pub mod counting;
 pub mod counts;

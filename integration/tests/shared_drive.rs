@@ -4,6 +4,7 @@
 
 use farbus_integration::attached;
 use farbus_integration::builder::MachineBuilder;
+use farbus_integration::claimant::{self, iops};
 use farbus_integration::daemon::Daemon;
 use farbus_integration::deadline::Deadline;
 use farbus_integration::guest::Guest;
@@ -186,6 +187,41 @@ fn two_guests_share_a_controller_that_another_machine_lends() -> TestResult {
         ))?;
         assert_eq!(found.trim(), word);
     }
+    host.quit()?;
+    Ok(())
+}
+
+/// Claimants on this host, of a drive in another machine: two that want the same, and one that is
+/// held to a limit.
+#[test]
+fn claimants_of_a_lent_controller_get_equal_parts_and_keep_to_limits() -> TestResult {
+    let scratch = Scratch::new("equal")?;
+    let disk = scratch.disk("disk.img", 2 * SLICE)?;
+    let host = networked(lender("lends-equal", Kernel::V6_12))
+        .emulated_nvme("nv0", &disk)
+        .start(&Tools::open()?)?;
+    let shell = host.wait_guest(Deadline::secs(90))?;
+    shell.wait_file(NVME, Deadline::secs(30))?;
+    let limited = "--slice name=c,size=4MiB,offset=252MiB,iops=200";
+    let slices = "--slice name=a,size=64MiB --slice name=b,offset=64MiB,size=64MiB";
+    let options = format!("--bind --pci 0000:01:00.0,name=disk0 {slices} {limited}");
+    let server = LendingServer::start(&host, &shell, &options)?;
+
+    let load = ["--iodepth", "16"];
+    let (mut a, mut b) = (0.0, 0.0);
+    // An emulated machine has its moods: over a longer time they are the same for both.
+    for _ in 0..3 {
+        let loads = [("disk0/a", &load[..]), ("disk0/b", &load[..])];
+        let [of_a, of_b] = claimant::bench_both(&server.address, loads)?;
+        (a, b) = (a + iops(&of_a) / 3.0, b + iops(&of_b) / 3.0);
+    }
+    println!("{a:.0} and {b:.0} IOPS");
+    assert!(a.min(b) >= 0.8 * a.max(b), "{a:.0} and {b:.0} IOPS");
+    let loads = [("disk0/a", &load[..]), ("disk0/c", &load[..])];
+    let [_, c] = claimant::bench_both(&server.address, loads)?.map(|total| iops(&total));
+    println!("{c:.0} IOPS of 200");
+    assert!((180.0..=220.0).contains(&c), "{c:.0} IOPS");
+    server.terminate()?;
     host.quit()?;
     Ok(())
 }

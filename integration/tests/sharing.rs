@@ -2,18 +2,15 @@
 //! limits, and what claimants notice of each other. Claimants are `farbus-vfu-nvme` processes.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test stops where it cannot go on"
-)]
+#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 use std::time::Duration;
 
 use farbus_integration::attached;
+use farbus_integration::claimant::{self, iops};
 use farbus_integration::daemon::{Daemon, Ended};
 use farbus_integration::deadline::Deadline;
 use farbus_integration::report::TestResult;
@@ -34,6 +31,17 @@ const HALVES: [&str; 4] = [
     "--slice",
     "name=b,offset=32MiB,size=32MiB",
 ];
+
+/// What is measured is measured alone: the other tests of this file wait meanwhile.
+static QUIET: RwLock<()> = RwLock::new(());
+
+fn measuring() -> RwLockWriteGuard<'static, ()> {
+    QUIET.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn beside_others() -> RwLockReadGuard<'static, ()> {
+    QUIET.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn serve(drive: &str, options: &[&str]) -> Daemon {
     let first = [
@@ -67,33 +75,6 @@ fn refused(drive: &str, options: &[&str]) -> Ended {
     .unwrap()
 }
 
-/// A command of `farbus-vfu-nvme` on one export; what it prints.
-fn claimant(command: &str, address: &str, export: &str, options: &[&str]) -> Value {
-    let target = [command, "--from", address, "--export", export, "--json"];
-    let arguments = [&target[..], options].concat();
-    let ended = Daemon::run("farbus-vfu-nvme", &arguments, Deadline::secs(LIMIT_SECS)).unwrap();
-    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
-    serde_json::from_str(&ended.stdout).unwrap()
-}
-
-fn bench(address: &str, export: &str, options: &[&str]) -> Value {
-    let time = ["--seconds", "4", "--warmup", "1"];
-    let total = claimant("bench", address, export, &[&time[..], options].concat());
-    assert_eq!(total["total"]["errors"], 0);
-    total["total"].clone()
-}
-
-fn number(value: &Value, key: &str) -> f64 {
-    value[key]
-        .as_f64()
-        .unwrap_or_else(|| panic!("{key} in {value}"))
-}
-
-/// Commands a second.
-fn iops(total: &Value) -> f64 {
-    number(total, "total_ios") / number(total, "seconds")
-}
-
 /// A driver behind an agent's socket, with one pair of I/O queues of 128 entries.
 fn drive_at(socket: &Path) -> NvmeDriver<UserFunction> {
     let client = Client::connect(socket, PATIENCE).unwrap();
@@ -108,17 +89,9 @@ fn drive_at(socket: &Path) -> NvmeDriver<UserFunction> {
     driver
 }
 
-/// The same load on both slices at the same time.
-fn both(address: &str, options: [&[&str]; 2]) -> [Value; 2] {
-    thread::scope(|scope| {
-        let a = scope.spawn(|| bench(address, "disk0/a", options[0]));
-        let b = scope.spawn(|| bench(address, "disk0/b", options[1]));
-        [a.join().unwrap(), b.join().unwrap()]
-    })
-}
-
 #[test]
 fn slices_are_exports_of_their_own_and_verified_at_once() -> TestResult {
+    let _quiet = beside_others();
     let scratch = Scratch::new("slices")?;
     let disk = scratch.join("disk.img");
     let on_file = format!("path={},size=64MiB,queues=8", disk.display());
@@ -132,7 +105,9 @@ fn slices_are_exports_of_their_own_and_verified_at_once() -> TestResult {
             server.ready()
         );
         let address = attached::address(&server);
-        let size = |export| claimant("identify", &address, export, &[])[0]["size_bytes"].clone();
+        let size = |export| {
+            claimant::run("identify", &address, export, &[]).unwrap()[0]["size_bytes"].clone()
+        };
         assert_eq!(
             (size("disk0/a"), size("disk0/b")),
             ((32 << 20).into(), (32 << 20).into())
@@ -144,7 +119,7 @@ fn slices_are_exports_of_their_own_and_verified_at_once() -> TestResult {
                 scope.spawn(move || {
                     for bs in ["4k", "64k"] {
                         let options = ["--bs", bs, "--seed", seed, "--iodepth", "32"];
-                        let verified = claimant("verify", address, export, &options);
+                        let verified = claimant::run("verify", address, export, &options).unwrap();
                         assert_eq!(verified[0]["ok"], true);
                         assert_eq!(verified[0]["bytes"], 32 << 20);
                     }
@@ -158,6 +133,7 @@ fn slices_are_exports_of_their_own_and_verified_at_once() -> TestResult {
 
 #[test]
 fn killed_claimant_does_not_disturb_another() -> TestResult {
+    let _quiet = measuring();
     let scratch = Scratch::new("crash")?;
     let drive = format!(
         "path={},size=64MiB,queues=8",
@@ -168,14 +144,14 @@ fn killed_claimant_does_not_disturb_another() -> TestResult {
     thread::scope(|scope| -> TestResult {
         let steady = scope.spawn(|| {
             let size = ["--bs", "16k", "--iodepth", "16", "--size", "8MiB"];
-            let verified = claimant("verify", &address, "disk0/b", &size);
+            let verified = claimant::run("verify", &address, "disk0/b", &size).unwrap();
             assert_eq!(verified[0]["ok"], true);
-            bench(&address, "disk0/b", &["--iodepth", "1"])
+            claimant::bench(&address, "disk0/b", &["--iodepth", "1"]).unwrap()
         });
         let mut crashes = 0;
         while crashes < 3 || (crashes < 20 && !steady.is_finished()) {
             // An agent in the middle of its guest's I/O.
-            let socket = scratch.join(&format!("{crashes}.sock"));
+            let socket = scratch.join(format!("{crashes}.sock"));
             let agent = attached::attach_export(&address, "disk0/a", &socket)?;
             let mut driver = drive_at(&socket);
             let buffer = driver.memory().allocate(64 << 10).unwrap();
@@ -189,12 +165,13 @@ fn killed_claimant_does_not_disturb_another() -> TestResult {
             agent.kill()?;
             crashes += 1;
         }
-        let longest = number(&steady.join().unwrap()["latency_us"], "max") / 1000.0;
+        let measured = steady.join().unwrap();
+        let longest = measured["latency_us"]["max"].as_f64().unwrap() / 1000.0;
         println!("{crashes} claimants were killed; another's longest wait was {longest:.1} ms");
         assert!(longest < 2000.0, "{longest:.1} ms");
         Ok(())
     })?;
-    let verified = claimant("verify", &address, "disk0/a", &["--size", "4MiB"]);
+    let verified = claimant::run("verify", &address, "disk0/a", &["--size", "4MiB"])?;
     assert_eq!(verified[0]["ok"], true, "the slice is free again");
     server.terminate()?;
     Ok(())
@@ -202,6 +179,7 @@ fn killed_claimant_does_not_disturb_another() -> TestResult {
 
 #[test]
 fn equal_claimants_get_within_20_percent_of_each_other() -> TestResult {
+    let _quiet = measuring();
     let scratch = Scratch::new("fair")?;
     let on_file = format!(
         "path={},size=64MiB,queues=8",
@@ -214,7 +192,8 @@ fn equal_claimants_get_within_20_percent_of_each_other() -> TestResult {
     ] {
         let server = serve(drive, &HALVES);
         let address = attached::address(&server);
-        let [a, b] = both(&address, [&load, &load]).map(|total| iops(&total));
+        let loads = [("disk0/a", &load[..]), ("disk0/b", &load[..])];
+        let [a, b] = claimant::bench_both(&address, loads)?.map(|total| iops(&total));
         println!("{drive} {load:?}: {a:.0} and {b:.0} IOPS");
         assert!(
             a.min(b) >= 0.8 * a.max(b),
@@ -227,6 +206,7 @@ fn equal_claimants_get_within_20_percent_of_each_other() -> TestResult {
 
 #[test]
 fn greedy_claimant_does_not_starve_a_modest_one() -> TestResult {
+    let _quiet = measuring();
     let scratch = Scratch::new("greedy")?;
     let drive = format!(
         "path={},size=64MiB,queues=8",
@@ -235,7 +215,7 @@ fn greedy_claimant_does_not_starve_a_modest_one() -> TestResult {
     let server = serve(&drive, &HALVES);
     let address = attached::address(&server);
     let modest = ["--iodepth", "1", "--bs", "4k"];
-    let alone = bench(&address, "disk0/b", &modest);
+    let alone = claimant::bench(&address, "disk0/b", &modest)?;
     let greedy = [
         "--iodepth",
         "255",
@@ -246,7 +226,8 @@ fn greedy_claimant_does_not_starve_a_modest_one() -> TestResult {
         "--rw",
         "randwrite",
     ];
-    let [taken, left] = both(&address, [&greedy, &modest]);
+    let loads = [("disk0/a", &greedy[..]), ("disk0/b", &modest[..])];
+    let [taken, left] = claimant::bench_both(&address, loads)?;
     let (alone, left) = (iops(&alone), iops(&left));
     println!(
         "alone {alone:.0} IOPS; beside {:.0} IOPS at depth 765: {left:.0} IOPS",
@@ -268,6 +249,7 @@ fn within_10_percent(found: f64, wanted: f64) {
 
 #[test]
 fn limits_hold_within_10_percent() -> TestResult {
+    let _quiet = measuring();
     let slices = [
         "--slice",
         "name=a,size=32MiB,iops=2000",
@@ -276,13 +258,10 @@ fn limits_hold_within_10_percent() -> TestResult {
     ];
     let server = serve(IN_MEMORY, &slices);
     let address = attached::address(&server);
-    let [a, b] = both(
-        &address,
-        [
-            &["--iodepth", "16", "--bs", "4k"],
-            &["--iodepth", "8", "--bs", "128k", "--rw", "randwrite"],
-        ],
-    );
+    let small = ["--iodepth", "16", "--bs", "4k"];
+    let large = ["--iodepth", "8", "--bs", "128k", "--rw", "randwrite"];
+    let loads = [("disk0/a", &small[..]), ("disk0/b", &large[..])];
+    let [a, b] = claimant::bench_both(&address, loads)?;
     within_10_percent(iops(&a), 2000.0);
     within_10_percent(iops(&b) * 131_072.0, f64::from(20 << 20));
     server.terminate()?;
@@ -290,11 +269,8 @@ fn limits_hold_within_10_percent() -> TestResult {
     // One that is claimed as a whole has them too.
     let server = serve(IN_MEMORY, &["--limit", "iops=500"]);
     let address = attached::address(&server);
-    let whole = bench(
-        &address,
-        "disk0",
-        &["--iodepth", "8", "--queues", "2", "--rw", "randrw"],
-    );
+    let load = ["--iodepth", "8", "--queues", "2", "--rw", "randrw"];
+    let whole = claimant::bench(&address, "disk0", &load)?;
     within_10_percent(iops(&whole), 500.0);
 
     // A claimant may want less for itself, and gets no more than the device server gives.

@@ -7,13 +7,19 @@
 )]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use farbus_vfio::driver::{DriverConfig, DriverError, NvmeDriver, block_command};
 use farbus_vfio::nvme::{PAGE_SIZE, Status, SubmissionEntry, admin, cns, csts, feature, nvm, reg};
 use farbus_vfio::shared::{Portion, SharedDrive, SharedError, SliceSpec};
 use farbus_vfio::soft_nvme::{SoftNvme, SoftNvmeConfig};
-use farbus_vfio::{DmaAccess, DmaWindow, Function, FunctionError, Iova, RegionIndex};
+use farbus_vfio::{
+    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
+    RegionIndex,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::poll::PollContext;
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u32 = 512;
@@ -334,6 +340,154 @@ fn a_drive_that_fails_fails_for_all_and_comes_back_for_all() {
     b.create_queue_pair(1, 64, Some(1)).unwrap();
     assert_eq!(read(&mut b, 0, 512), [2; 512]);
     assert_eq!(read(&mut a, 0, 512), [1; 512]);
+}
+
+#[test]
+fn notices_of_the_drive_reach_every_portion() {
+    let function = Arc::new(Faulty::new());
+    let shared = SharedDrive::open(function.clone(), &[slice("a", 0), slice("b", MIB)]).unwrap();
+    let portions = [shared.portion(0).unwrap(), shared.portion(1).unwrap()];
+    for (notice, event) in [
+        (Notice::UnplugRequested, &function.unplug),
+        (Notice::ErrorReported, &function.error),
+    ] {
+        event.write(1).unwrap();
+        for portion in &portions {
+            let heard = portion.notices();
+            let (_, bell) = heard.iter().find(|(said, _)| *said == notice).unwrap();
+            let poll: PollContext<u32> = PollContext::new().unwrap();
+            poll.add(*bell, 0).unwrap();
+            let events = poll.wait_timeout(Duration::from_secs(10)).unwrap();
+            assert_eq!(events.iter().count(), 1, "{notice:?}");
+        }
+    }
+}
+
+#[test]
+fn a_drive_that_is_gone_is_gone_for_every_portion() {
+    let function = Arc::new(Faulty::new());
+    let shared = SharedDrive::open(function.clone(), &[slice("a", 0), slice("b", MIB)]).unwrap();
+    let (a, b) = (
+        drive(shared.portion(0).unwrap()),
+        shared.portion(1).unwrap(),
+    );
+    function.gone.store(true, Ordering::SeqCst);
+    assert!(matches!(
+        a.read32(reg::CSTS),
+        Err(DriverError::Function(FunctionError::Gone(_)))
+    ));
+    assert!(shared.is_gone());
+    // The one that asked nothing is told to let go of it.
+    let bells = b.notices();
+    let (_, bell) = bells
+        .iter()
+        .find(|(n, _)| *n == Notice::UnplugRequested)
+        .unwrap();
+    assert!(bell.read().is_ok());
+    assert!(matches!(b.reset(), Err(FunctionError::Gone(_))));
+    drop(a);
+    assert!(matches!(shared.portion(0), Err(SharedError::Gone(_))));
+}
+
+/// A drive with a host that wants it back, or that vanishes.
+struct Faulty {
+    drive: Arc<SoftNvme>,
+    gone: AtomicBool,
+    unplug: EventFd,
+    error: EventFd,
+}
+
+impl Faulty {
+    fn new() -> Self {
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        Self {
+            drive: in_memory(),
+            gone: AtomicBool::new(false),
+            unplug: event(),
+            error: event(),
+        }
+    }
+
+    fn check(&self) -> Result<(), FunctionError> {
+        match self.gone.load(Ordering::SeqCst) {
+            true => Err(FunctionError::Gone("as told".into())),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Function for Faulty {
+    fn info(&self) -> &FunctionInfo {
+        self.drive.info()
+    }
+
+    fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
+        self.check()?;
+        self.drive.config_read(offset, data)
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), FunctionError> {
+        self.check()?;
+        self.drive.config_write(offset, data)
+    }
+
+    fn region_read(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(), FunctionError> {
+        self.check()?;
+        self.drive.region_read(region, offset, data)
+    }
+
+    fn region_write(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), FunctionError> {
+        self.check()?;
+        self.drive.region_write(region, offset, data)
+    }
+
+    fn map_dma(&self, window: &DmaWindow) -> Result<(), FunctionError> {
+        self.drive.map_dma(window)
+    }
+
+    fn unmap_dma(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
+        self.drive.unmap_dma(iova, len)
+    }
+
+    fn set_interrupts(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        events: &[Option<Arc<EventFd>>],
+    ) -> Result<(), FunctionError> {
+        self.drive.set_interrupts(kind, first, events)
+    }
+
+    fn mask_interrupt(
+        &self,
+        kind: InterruptKind,
+        vector: u32,
+        masked: bool,
+    ) -> Result<(), FunctionError> {
+        self.drive.mask_interrupt(kind, vector, masked)
+    }
+
+    fn reset(&self) -> Result<(), FunctionError> {
+        self.check()?;
+        self.drive.reset()
+    }
+
+    fn notices(&self) -> Vec<(Notice, &EventFd)> {
+        vec![
+            (Notice::UnplugRequested, &self.unplug),
+            (Notice::ErrorReported, &self.error),
+        ]
+    }
 }
 
 #[test]

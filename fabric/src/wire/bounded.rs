@@ -218,10 +218,23 @@ mod tests {
         assert!(ExportName::new("").is_err());
         assert!(ExportName::new(&"x".repeat(65)).is_err());
         assert_eq!(
-            ExportName::new("a/b"),
-            Err(WireError::ExportNameByte { byte: b'/', at: 1 })
+            ExportName::new("a b"),
+            Err(WireError::ExportNameByte { byte: b' ', at: 1 })
         );
         assert!(ExportName::new("naïve").is_err());
+    }
+
+    #[test]
+    fn names_of_slices_have_one_slash_between_two_names() {
+        let export = ExportName::new("disk0").unwrap();
+        let slice = export.slice("a").unwrap();
+        assert_eq!(slice.as_str(), "disk0/a");
+        assert!(slice.is_slice() && !export.is_slice());
+        assert!(export.slice(&"x".repeat(59)).is_err(), "too long together");
+        for (name, at) in [("/", 0), ("/a", 0), ("a/", 1), ("a/b/c", 3), ("a//b", 2)] {
+            let refused = WireError::ExportNameByte { byte: b'/', at };
+            assert_eq!(ExportName::new(name), Err(refused), "{name}");
+        }
     }
 
     #[test]

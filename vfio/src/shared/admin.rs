@@ -2,7 +2,7 @@
 //! the state of the drive's health reach the drive, and none of a claimant's bytes do.
 
 use super::check::NSID;
-use super::drive::SharedDrive;
+use super::drive::{SMART_LEN, SharedDrive};
 use super::identify::{self, LIMIT};
 use super::portion::Controller;
 use super::queues::{Cq, Pair, Shape, Sq};
@@ -12,9 +12,8 @@ use crate::soft_nvme::{descriptors, firmware_log, namespace_list};
 
 /// The namespace id that means all namespaces.
 const ALL_NAMESPACES: u32 = 0xffff_ffff;
-/// Bytes of the SMART log, and where in it the counters are that are the portion's own: data and
-/// commands read and written, and time busy; error log entries (NVMe 1.4 figure 194).
-const SMART_LEN: usize = 512;
+/// Where in the SMART log the counters are that are the portion's own: data and commands read and
+/// written, and time busy; error log entries (NVMe 1.4 figure 194).
 const OWN_COUNTERS: std::ops::Range<usize> = 32..112;
 const ERROR_ENTRIES: std::ops::Range<usize> = 176..192;
 /// Bytes of the Error Information log: one entry, which is never used.
@@ -169,14 +168,14 @@ impl Controller {
         {
             return Err(Status::INVALID_FIELD);
         }
-        let mut smart = [0; SMART_LEN];
+        let mut smart;
         let log: &[u8] = match command.dword(10) as u8 {
             log_page::ERROR => &[0; ERROR_LEN],
             log_page::SMART => {
-                if let Err(error) = drive.log_page(log_page::SMART, &mut smart) {
+                smart = drive.smart_log().map_err(|error| {
                     log::debug!("the drive does not tell of its health: {error}");
-                    return Err(Status::INTERNAL_ERROR);
-                }
+                    Status::INTERNAL_ERROR
+                })?;
                 self.counters.put(&mut smart);
                 &smart
             }
@@ -287,8 +286,11 @@ impl Controller {
                 let addresses = pair.addresses(&self.own);
                 let made = drive.create_pair(pair.id, addresses, cq.vector.is_some());
                 made.map_err(|error| {
-                    drive.fail("making a queue", &error);
-                    Status::INTERNAL_ERROR
+                    // A drive that refuses still answers, and works for the others.
+                    if error.status().is_none() {
+                        drive.fail("making a queue", &error);
+                    }
+                    error.status().unwrap_or(Status::INTERNAL_ERROR)
                 })
             });
         made?;

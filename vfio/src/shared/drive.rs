@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::check::Bounds;
 use super::notices::{Bells, Crier};
@@ -12,12 +12,19 @@ use super::share::Share;
 use super::slices::{Namespace, SharedError, SliceSpec, plan};
 use crate::driver::{DriverConfig, DriverError, NvmeDriver};
 use crate::function::{Function, FunctionError, FunctionInfo, Iova, RegionIndex};
-use crate::nvme::{DOORBELL_BASE, PAGE_SIZE, SubmissionEntry, admin, cap, cns, csts, feature, reg};
+use crate::nvme::{
+    DOORBELL_BASE, PAGE_SIZE, SubmissionEntry, admin, cap, cns, csts, feature, log_page, reg,
+};
 
 /// How long bringing the controller up may take.
 const STARTING: Duration = Duration::from_secs(30);
-/// How long an admin command may take: less than the silence that a claimant puts up with.
-const COMMAND: Duration = Duration::from_secs(3);
+/// How long an admin command may take: deleting a queue waits for its commands, a Flush of a slow
+/// disk among them, and to give up on one is to reset the drive for all.
+const COMMAND: Duration = Duration::from_secs(15);
+/// How old an answer about the drive's health may be: portions may ask as often as they like.
+const HEALTH: Duration = Duration::from_secs(1);
+/// Bytes of the log about it.
+pub(super) const SMART_LEN: usize = 512;
 /// Memory of the admin queue and its data, in bytes.
 const ADMIN_MEMORY: usize = 256 << 10;
 /// Addresses of one portion, in bytes. Portions have addresses of their own, so that the memory of
@@ -40,6 +47,8 @@ pub struct SharedDrive {
     pub(super) function: Arc<dyn Function>,
     /// Its admin queue, for everything that is not I/O.
     driver: Mutex<NvmeDriver<dyn Function>>,
+    /// The log about its health, and when it was asked for.
+    health: Mutex<Option<(Instant, [u8; SMART_LEN])>>,
     /// The function is there no more.
     gone: AtomicBool,
     /// The controller has failed in a way that shows in none of its registers.
@@ -134,6 +143,7 @@ impl SharedDrive {
             _crier: Crier::start(function.as_ref(), bells)?,
             function,
             driver: Mutex::new(driver),
+            health: Mutex::new(None),
             gone: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             generation: AtomicU64::new(1),
@@ -188,11 +198,11 @@ impl SharedDrive {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// The controller's status: CSTS, with fatal status also where only this side knows of it. All
-    /// ones if it is gone.
+    /// The controller's status: CSTS, with fatal status also where only this side knows of it.
     pub(super) fn status(&self) -> Result<u32, FunctionError> {
+        let gone = || FunctionError::Gone("it does not answer, or its host wants it back".into());
         if self.is_gone() {
-            return Ok(u32::MAX);
+            return Err(gone());
         }
         let mut bytes = [0; 4];
         let read = self
@@ -202,7 +212,9 @@ impl SharedDrive {
         let status = u32::from_le_bytes(bytes);
         if status == u32::MAX {
             self.declare_gone();
-        } else if self.failed.load(Ordering::SeqCst) || status & csts::RDY == 0 {
+            return Err(gone());
+        }
+        if self.failed.load(Ordering::SeqCst) || status & csts::RDY == 0 {
             return Ok(status | csts::CFS);
         }
         Ok(status)
@@ -299,9 +311,18 @@ impl SharedDrive {
         self.driver().command(0, command).map(|_| ())
     }
 
-    /// The drive's own log page.
-    pub(super) fn log_page(&self, page: u8, data: &mut [u8]) -> Result<(), DriverError> {
-        self.driver().log_page(page, 0, data)
+    /// The drive's log about its health, of now or a moment ago.
+    pub(super) fn smart_log(&self) -> Result<[u8; SMART_LEN], DriverError> {
+        let mut known = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((when, log)) = *known {
+            if when.elapsed() < HEALTH {
+                return Ok(log);
+            }
+        }
+        let mut log = [0; SMART_LEN];
+        self.driver().log_page(log_page::SMART, 0, &mut log)?;
+        *known = Some((Instant::now(), log));
+        Ok(log)
     }
 
     /// Whether the drive's volatile write cache is on.

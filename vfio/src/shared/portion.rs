@@ -376,11 +376,11 @@ impl Function for Portion {
         let mut status = state.csts;
         if (reg::CSTS..reg::CSTS + 4).contains(&offset) {
             state.may_work(&self.drive);
-            status = match self.drive.status()? {
-                u32::MAX => u32::MAX,
-                of_drive if state.csts & csts::RDY != 0 => state.csts | of_drive & csts::CFS,
-                _ => state.csts,
-            };
+            let of_drive = self.drive.status()?;
+            status = state.csts;
+            if status & csts::RDY != 0 {
+                status |= of_drive & csts::CFS;
+            }
         }
         let file = state.register_file(status);
         for (at, byte) in (offset as usize..).zip(data) {
@@ -464,11 +464,6 @@ impl Function for Portion {
     fn reset(&self) -> Result<(), FunctionError> {
         let mut state = self.state();
         let status = self.drive.status()?;
-        if status == u32::MAX {
-            return Err(FunctionError::Gone(
-                "its registers read as all ones, or its host wants it back".into(),
-            ));
-        }
         if status & csts::CFS != 0 || !state.stop(&self.drive) {
             self.drive.recover()?;
             // Everything of before is no more, also where the drive was reset by another.
