@@ -322,6 +322,25 @@ fn finding(what: &str, finding: String) -> Error {
     }
 }
 
+/// Waits until the guest's drive has this many bytes, without being attached anew, and uses its last ones.
+///
+/// # Errors
+/// When it does not grow, or does not hold there what is written.
+pub fn has_grown(guest: &Guest, drive: &str, size: u64) -> Result<()> {
+    guest.wait_until(
+        &format!("test $(blockdev --getsize64 {drive}) = {size}"),
+        Deadline::secs(60),
+    )?;
+    let last = size / 65_536 - 1;
+    guest
+        .check(&format!(
+            "dd if=/dev/urandom of=/tmp/last bs=64k count=1 status=none && \
+             dd if=/tmp/last of={drive} bs=64k seek={last} oflag=direct status=none && \
+             dd if={drive} bs=64k skip={last} count=1 iflag=direct status=none | cmp - /tmp/last"
+        ))
+        .map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -303,6 +303,24 @@ fn removed_devices_are_a_pause_until_they_are_back() -> TestResult {
     Ok(())
 }
 
+#[test]
+fn attachment_whose_device_is_gone_goes_on_over_tcp_where_that_is_allowed() -> TestResult {
+    let (machine, guest) = one_machine(Kernel::Rdma6_12)?;
+    let _server = serve(&guest, LOOPBACK, DRIVE)?;
+    let _agent = attach(&guest, LOOPBACK, "--allow-tcp-fallback")?;
+    let verify = format!("farbus-vfu-nvme verify --vfio-user {SOCKET} --size 1MiB --bs 8k");
+    let job = guest.spawn(&verify)?;
+    guest.check("sleep 0.5; ip link set lo down")?;
+    wait_for_more(&guest, "is lost", "/tmp/agent.log")?;
+    guest.check("rdma link del rxe0; ip link set lo up")?;
+    wait_for_more(&guest, "is rebuilt", "/tmp/agent.log")?;
+    job.check(Deadline::secs(120))?;
+    let log = check(&guest, "cat /tmp/agent.log")?;
+    assert_has(&log, "over TCP (this host has no RDMA device)");
+    machine.quit()?;
+    Ok(())
+}
+
 /// A device server that is frozen, replaced under its name, and wakes up with commands in its ring.
 #[test]
 fn device_server_that_was_fenced_off_cannot_write_guest_memory() -> TestResult {

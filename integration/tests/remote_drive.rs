@@ -126,6 +126,32 @@ fn killed_device_server_is_a_pause_to_the_guest() -> TestResult {
     Ok(())
 }
 
+/// The guest's own driver hears that its drive has grown; also of a device server that was replaced meanwhile.
+#[test]
+fn drive_that_grows_grows_in_the_guest() -> TestResult {
+    let scratch = Scratch::new("grow")?;
+    let drive = AttachedDrive::start(&scratch, "size=256MiB")?;
+    let (machine, guest) = boot(&drive, Kernel::V6_12)?;
+    let disk = std::fs::File::options().write(true).open(&drive.disk)?;
+    disk.set_len(2 * SIZE)?;
+    verify::has_grown(&guest, DRIVE, 2 * SIZE)?;
+    let address = attached::address(&drive.server);
+    drive.server.kill()?;
+    let server = attached::serve_at(&address, &format!("path={}", drive.disk.display()))?;
+    // The controller is rebuilt by the time it answers.
+    guest.check(&format!(
+        "dd if={DRIVE} of=/dev/null bs=4k count=1 iflag=direct"
+    ))?;
+    disk.set_len(3 * SIZE)?;
+    verify::has_grown(&guest, DRIVE, 3 * SIZE)?;
+    let log = guest.check("dmesg")?;
+    assert!(!log.contains("resetting controller"), "{log}");
+    machine.quit()?;
+    drive.agent.terminate()?;
+    server.terminate()?;
+    Ok(())
+}
+
 /// Shell words that print how many sectors the guest has written.
 const WRITTEN: &str = "awk '{print $7}' /sys/block/nvme0n1/stat";
 

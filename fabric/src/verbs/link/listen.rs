@@ -41,7 +41,7 @@ impl VerbsLink {
         if let Some(status) = failed {
             // Receives are only flushed; what ended the connection, the other queue or the device says.
             self.ended
-                .device
+                .flushed
                 .get_or_insert_with(|| format!("receives end with: {status}"));
         }
         self.counters.receive_calls += count as u64;
@@ -166,7 +166,7 @@ impl VerbsLink {
         while let Some(event) = self.windows.domain().context().next_event() {
             let ours = event.port.is_none_or(|port| port == self.port);
             if event.fatal && ours {
-                self.ended.device.get_or_insert(event.what);
+                self.ended.event.get_or_insert(event.what);
             }
         }
     }
@@ -227,7 +227,8 @@ impl VerbsLink {
 
     pub(super) fn has_ended(&self) -> bool {
         self.ended.control.is_some()
-            || self.ended.device.is_some()
+            || self.ended.event.is_some()
+            || self.ended.flushed.is_some()
             || self.sends.borrow().failure().is_some()
     }
 
@@ -239,12 +240,22 @@ impl VerbsLink {
         if let Some(error) = self.ended.control.take() {
             return error;
         }
-        let sends = self.sends.get_mut();
-        let what = sends.failure().map(str::to_owned);
-        let what = what.or_else(|| self.ended.device.clone());
-        FabricError::Rdma {
-            what: what.unwrap_or_else(|| "it is over".to_owned()),
-        }
+        // An event, such as a port that went down, is the cause of what work requests end with.
+        self.take_device_events();
+        let failure = self.sends.get_mut().failure();
+        let failure = failure.or(self.ended.flushed.as_deref());
+        let said: Vec<&str> = self
+            .ended
+            .event
+            .as_deref()
+            .into_iter()
+            .chain(failure)
+            .collect();
+        let what = match said[..] {
+            [] => "it is over".to_owned(),
+            _ => said.join(": "),
+        };
+        FabricError::Rdma { what }
     }
 }
 

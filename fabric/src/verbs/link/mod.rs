@@ -84,8 +84,10 @@ struct Armed {
 struct Ended {
     /// The peer has closed the control connection, or it failed: with what.
     control: Option<FabricError>,
-    /// What the device said.
-    device: Option<String>,
+    /// The device has reported an event after which nothing works any more.
+    event: Option<String>,
+    /// What receives ended with.
+    flushed: Option<String>,
     /// An error was returned: nothing is received any more.
     receiving: bool,
 }
