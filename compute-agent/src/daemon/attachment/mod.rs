@@ -123,6 +123,7 @@ pub struct Gone(Owner);
 impl Gone {
     /// Tells. After this, an attachment of the same id may be another one.
     pub fn say_gone(mut self) {
+        self.0.date(AttachmentState::Detached);
         self.0.show(AttachmentState::Detached, None);
     }
 }
@@ -220,6 +221,7 @@ impl Owner {
     /// Goes on to a phase: remembers it, and tells.
     async fn enter(&mut self, phase: Phase) {
         self.record.phase = phase;
+        self.date(shown(&self.record, None).0);
         self.save().await;
         self.publish();
     }
@@ -242,6 +244,9 @@ impl Owner {
         if let Some(worker) = self.worker.take() {
             worker.stop().await;
         }
+        if let Some(device) = &self.record.device {
+            self.context.chooser.has_changed(device);
+        }
         self.context.custody.begin_anew(&self.record.id);
         let _ = std::fs::remove_file(&self.socket);
     }
@@ -260,15 +265,20 @@ impl Owner {
     fn publish(&mut self) {
         let down = self.link_down.borrow_and_update().clone();
         let (state, reason) = shown(&self.record, self.degraded.clone().or(down));
+        self.date(state);
         self.show(state, reason);
+    }
+
+    /// Notes the time, if this state is not the one that is shown.
+    fn date(&mut self, state: AttachmentState) {
+        if state != self.status.borrow().state {
+            self.record.since = farbus_rest::timestamp(SystemTime::now());
+        }
     }
 
     fn show(&mut self, state: AttachmentState, reason: Option<String>) {
         let before = self.status.borrow().state;
         let known = self.status.borrow().reason.clone();
-        if state != before {
-            self.record.since = farbus_rest::timestamp(SystemTime::now());
-        }
         let restarts = self.record.restarts;
         self.status.send_modify(|shown| {
             shown.state = state;
