@@ -221,9 +221,10 @@ impl Owner {
     /// Goes on to a phase: remembers it, and tells.
     async fn enter(&mut self, phase: Phase) {
         self.record.phase = phase;
-        self.date(shown(&self.record, None).0);
+        let (state, reason) = self.seen();
+        self.date(state);
         self.save().await;
-        self.publish();
+        self.show(state, reason);
     }
 
     /// Gives up: takes away what there is of it, and remembers why.
@@ -263,10 +264,15 @@ impl Owner {
 
     /// Shows it as it is now to who asks, and tells when that is news.
     fn publish(&mut self) {
-        let down = self.link_down.borrow_and_update().clone();
-        let (state, reason) = shown(&self.record, self.degraded.clone().or(down));
+        let (state, reason) = self.seen();
         self.date(state);
         self.show(state, reason);
+    }
+
+    /// How it is, and why.
+    fn seen(&mut self) -> (AttachmentState, Option<String>) {
+        let down = self.link_down.borrow_and_update().clone();
+        shown(&self.record, self.degraded.clone().or(down))
     }
 
     /// Notes the time, if this state is not the one that is shown.
