@@ -36,6 +36,7 @@ pub mod cache;
 #[allow(unsafe_code, reason = "an allocator is unsafe to write")]
 pub mod counting;
 pub mod counts;
+pub mod custody;
 pub mod daemon;
 pub mod deadline;
 pub mod demo;

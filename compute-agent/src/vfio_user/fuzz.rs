@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::inbox::Inbox;
 use super::outbox::Outbox;
-use super::session::{Progress, Session};
+use super::session::{Handled, Session};
 
 /// How many writes or messages are handled before the session is interrupted.
 const BUDGET: u32 = 4;
@@ -40,8 +40,8 @@ pub fn fuzz_session(bytes: &[u8]) {
         }
         while let Ok(Some(message)) = inbox.next() {
             match session.handle(message, &mut outbox, &mut { BUDGET }) {
-                Ok(Progress::Done) => inbox.consume(),
-                Ok(Progress::Unfinished) => {}
+                Ok(Handled::Done) => inbox.consume(),
+                Ok(Handled::Unfinished) => {}
                 Err(why) => return session.end(&why),
             }
             while !outbox.is_empty() {

@@ -19,8 +19,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::inbox::Message;
 use super::irqs::Irqs;
 use super::outbox::{Full, Outbox};
+use super::record::{Progress, SessionRecord};
 use super::refusal::{End, Refusal};
 use super::{dma, regions};
+use crate::custody::Custody;
 use crate::guest_memory::{GuestMemory, MAX_WINDOWS};
 
 /// How many refused commands of a client are logged, one by one.
@@ -37,7 +39,7 @@ const CAPABILITIES: Capabilities = Capabilities {
 
 /// How far the handling of a message got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
+pub(super) enum Handled {
     /// It is done.
     Done,
     /// The budget is used up and the message is to be handled again, to go on with it.
@@ -87,6 +89,73 @@ impl Session {
         }
     }
 
+    /// A client that a predecessor was talking to: its memory and its interrupts are given to the
+    /// function again. `first` is the message that the predecessor was perhaps handling.
+    pub(super) fn resume(
+        function: Arc<dyn Function>,
+        socket: &str,
+        peer: Option<u32>,
+        lost: Arc<EventFd>,
+        (record, custody): (&SessionRecord, &Custody),
+        progress: Progress,
+        first: Option<(Header, &[u8])>,
+    ) -> Result<Self, Refusal> {
+        let mut session = Self::keep(function, socket, peer, lost, record, custody);
+        session.negotiated = progress.negotiated;
+        (session.multi.seen, session.multi.done) = progress.multi;
+        let mut windows = record.windows();
+        match first.map(|(header, body)| (Command::from_number(header.command), body)) {
+            // It is agreed on again, with the same outcome.
+            Some((Some(Command::Version), _)) => session.negotiated = false,
+            Some((Some(Command::DmaMap), body)) => {
+                // It is mapped when the message is handled again.
+                if let Ok((iova, size)) = dma::range_of(body) {
+                    windows.retain(|(place, window)| {
+                        let again = (window.iova, window.size) == (iova, size);
+                        if again {
+                            record.clear_window(*place);
+                        }
+                        !again
+                    });
+                }
+            }
+            _ => {}
+        }
+        for window in session.memory.resume(windows, peer)? {
+            session.function.map_dma(&window)?;
+        }
+        session.irqs.resume(session.function.as_ref())?;
+        info!("vfio-user {}: client taken over", session.name);
+        Ok(session)
+    }
+
+    /// As [`Self::new`], with what a successor needs of the client's memory and interrupts in the
+    /// record and in custody.
+    pub(super) fn keep(
+        function: Arc<dyn Function>,
+        socket: &str,
+        peer: Option<u32>,
+        lost: Arc<EventFd>,
+        record: &SessionRecord,
+        custody: &Custody,
+    ) -> Self {
+        let memory = GuestMemory::keep(lost.clone(), record.clone(), custody.clone());
+        Self {
+            memory,
+            irqs: Irqs::keep(custody.clone()),
+            ..Self::new(function, socket, peer, lost)
+        }
+    }
+
+    /// How far the conversation is, as far as only this knows.
+    pub(super) fn progress(&self) -> Progress {
+        Progress {
+            negotiated: self.negotiated,
+            multi: (self.multi.seen, self.multi.done),
+            ..Progress::default()
+        }
+    }
+
     /// Whether the client's memory broke.
     pub(super) fn memory_lost(&self) -> bool {
         self.memory.lost()
@@ -98,19 +167,19 @@ impl Session {
         message: Message<'_>,
         outbox: &mut Outbox,
         budget: &mut u32,
-    ) -> Result<Progress, End> {
+    ) -> Result<Handled, End> {
         let Message { header, body, fds } = message;
         *budget = budget.saturating_sub(1);
         match header.message_type()? {
             // This server sends no commands, so whatever this answers was never asked.
-            MessageType::Reply => return Ok(Progress::Done),
+            MessageType::Reply => return Ok(Handled::Done),
             MessageType::Command => {}
         }
         let command = Command::from_number(header.command);
         if !self.negotiated {
             return self
                 .shake_hands(command, &header, body, outbox)
-                .map(|()| Progress::Done);
+                .map(|()| Handled::Done);
         }
         if command == Some(Command::RegionWriteMulti) {
             return self.write_multi(&header, body, outbox, budget);
@@ -128,10 +197,10 @@ impl Session {
             None => Err(Refusal::UnknownCommand(header.command)),
         };
         match outcome {
-            Ok(()) => Ok(Progress::Done),
+            Ok(()) => Ok(Handled::Done),
             Err(refusal) => self
                 .refuse(&header, refusal, outbox)
-                .map(|()| Progress::Done),
+                .map(|()| Handled::Done),
         }
     }
 
@@ -276,13 +345,13 @@ impl Session {
         body: &[u8],
         outbox: &mut Outbox,
         budget: &mut u32,
-    ) -> Result<Progress, End> {
+    ) -> Result<Handled, End> {
         let multi = match WriteMulti::decode(body) {
             Ok(multi) => multi,
             Err(error) => {
                 return self
                     .refuse(header, error.into(), outbox)
-                    .map(|()| Progress::Done);
+                    .map(|()| Handled::Done);
             }
         };
         for write in multi.iter().skip(self.multi.seen) {
@@ -292,13 +361,13 @@ impl Session {
                 Err(refusal) => self.log_refusal(header, &refusal),
             }
             if *budget == 0 && self.multi.seen < multi.count() {
-                return Ok(Progress::Unfinished);
+                return Ok(Handled::Unfinished);
             }
             *budget = budget.saturating_sub(1);
         }
         let done = std::mem::take(&mut self.multi).done;
         self.reply(header, &done.to_ne_bytes(), outbox)?;
-        Ok(Progress::Done)
+        Ok(Handled::Done)
     }
 
     fn reply(&self, header: &Header, body: &[u8], outbox: &mut Outbox) -> Result<(), End> {
