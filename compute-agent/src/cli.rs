@@ -62,7 +62,7 @@ Prints one line that begins with \"ready\" when a VMM can connect. For QEMU, the
 memory must be shared (memory-backend-memfd with share=on).
 
 {EXIT_CODES}"))]
-    Attach(AttachArgs),
+    Attach(Box<AttachArgs>),
     /// Says whether this host can use RDMA, and what helps where it cannot.
     #[command(after_help = "\
 Example:
@@ -231,7 +231,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         // The last of what a successor cannot do without: with it there is something to take up.
         custody.keep(vec![(key(CONTROLLER), record.as_fd())]);
     }
-    serve(args, endpoint, remote, source, custody).map_err(|error| Failure(1, error))
+    serve(args, endpoint, remote, source, &custody).map_err(|error| Failure(1, error))
 }
 
 /// Connects to the daemon, if this process has one.
@@ -260,7 +260,7 @@ fn resume(args: &AttachArgs, path: &Path, source: Source, custody: Custody) -> R
         .map_err(|error| Failure(4, error))?;
     remote.recover().map_err(|error| Failure(1, error.into()))?;
     info!("goes on where another process was");
-    serve(args, endpoint, remote, source, custody).map_err(|error| Failure(1, error))
+    serve(args, endpoint, remote, source, &custody).map_err(|error| Failure(1, error))
 }
 
 /// Claims the export. The device server may still be ending the claim of who had it before, so this
@@ -331,7 +331,7 @@ fn serve(
     endpoint: Endpoint,
     remote: Arc<RemoteFunction>,
     source: Source,
-    custody: Custody,
+    custody: &Custody,
 ) -> anyhow::Result<()> {
     let worker = Worker::new(endpoint, remote, source, args.poll, custody.clone())?;
     announce(args)?;
