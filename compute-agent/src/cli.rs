@@ -19,6 +19,7 @@ use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
 use log::{LevelFilter, debug, error, info};
 
+use crate::api::Msix;
 use crate::custody::worker::{CONTROLLER, key};
 use crate::custody::{Client, Custody};
 use crate::reconnect::{MIN_PAUSE, Source};
@@ -88,6 +89,11 @@ struct AttachArgs {
     /// it does not exist.
     #[arg(long, value_name = "PATH", group = "endpoint", required_unless_present_any = ["vhost_user_blk", "fd"])]
     vfio_user: Option<PathBuf>,
+    /// With --vfio-user, who keeps the MSI-X table: this agent (mediated) or the VMM (irqfd). auto is
+    /// mediated towards QEMU, which otherwise aborts when the device is unplugged, by a guest too, and
+    /// irqfd towards others.
+    #[arg(long, value_enum, value_name = "WHO", default_value_t = Msix::Auto, requires = "vfio_user")]
+    msix: Msix,
     #[command(flatten)]
     vhost_user: VhostUserArgs,
     /// What carries the data: auto (RDMA if both sides have a device and a path between them, else
@@ -224,7 +230,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         false => Endpoint::bind(path, function),
     };
     let endpoint = make_directory(path)
-        .and_then(|()| Ok(bound()?))
+        .and_then(|()| Ok(bound()?.with_msix(args.msix)))
         .with_context(|| not_offered(path))
         .map_err(|error| Failure(4, error))?;
     if let Some(record) = remote.record() {
@@ -255,7 +261,7 @@ fn resume(args: &AttachArgs, path: &Path, source: Source, custody: Custody) -> R
         .map(Arc::new)
         .ok_or_else(|| Failure(1, anyhow::anyhow!("there is nothing to take up")))?;
     let function: Arc<dyn Function> = remote.clone();
-    let endpoint = Endpoint::resume(path, function, custody.clone())
+    let endpoint = Endpoint::resume(path, function, args.msix, custody.clone())
         .with_context(|| not_offered(path))
         .map_err(|error| Failure(4, error))?;
     remote.recover().map_err(|error| Failure(1, error.into()))?;

@@ -8,6 +8,7 @@
 //! - [`upkeep`]: what an event loop does to keep its link.
 //! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
 //! - [`custody`]: how an attachment outlives the process that carries it.
+//! - [`hotplug`]: what plugs an endpoint into a running VM.
 //! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
 #![deny(unsafe_code)]
 
@@ -15,6 +16,7 @@ pub mod api;
 pub mod cli;
 pub mod custody;
 pub mod guest_memory;
+pub mod hotplug;
 pub mod reconnect;
 pub mod upkeep;
 pub mod vfio_user;

@@ -25,6 +25,7 @@
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
 //! - [`counting`] tells who allocates.
 //! - [`counts`] counts what programs do: system calls, instructions.
+//! - [`cloud_hypervisor`] stands in for that VMM's REST interface.
 //! - [`report`] says how a test failed, or why it could not run.
 //! - [`process`], [`scratch`], [`deadline`] are what the others stand on.
 
@@ -33,6 +34,7 @@
 pub mod attached;
 pub mod builder;
 pub mod cache;
+pub mod cloud_hypervisor;
 #[allow(unsafe_code, reason = "an allocator is unsafe to write")]
 pub mod counting;
 pub mod counts;

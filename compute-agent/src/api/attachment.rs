@@ -59,7 +59,9 @@ pub enum EndpointSpec {
 }
 
 /// How MSI-X interrupts reach the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Msix {
     /// Mediated towards a VMM that aborts when a function with the other kind is unplugged; irqfd

@@ -14,15 +14,20 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Connection, Left};
 use super::listener::{EndpointError, Listener};
+use super::msix::Watch;
 use super::peer::pid_of;
 use super::record::SessionRecord;
 use super::refusal::End;
 use super::session::Session;
+use crate::api::Msix;
 use crate::custody::Custody;
 use crate::custody::worker::{CONNECTION, LISTENER, key};
 
 /// How many clients can be in the course of being turned away.
 const MAX_TURNED_AWAY: usize = 4;
+
+/// An event whose data is this or more is a signal of the vector with that number, less this.
+const FIRST_VECTOR: u32 = 1;
 
 /// Offers a function to VMMs at a UNIX socket.
 ///
@@ -48,10 +53,13 @@ pub struct Endpoint {
     /// The listener's path, for log lines.
     name: String,
     function: Arc<dyn Function>,
+    msix: Msix,
     /// Wakes us up for what no socket does: received messages that wait for their turn, and
     /// guest memory that broke.
     wake: Arc<EventFd>,
     client: Option<Connection>,
+    /// Eventfds of the client's interrupts that are watched.
+    interrupts: Vec<RawFd>,
     /// Messages of the client wait for their turn, which comes with `wake`.
     has_backlog: bool,
     turned_away: Vec<TurnedAway>,
@@ -95,6 +103,7 @@ impl Endpoint {
     pub fn resume(
         path: &Path,
         function: Arc<dyn Function>,
+        msix: Msix,
         custody: Custody,
     ) -> Result<Self, EndpointError> {
         let left = custody.held(&key(LISTENER));
@@ -102,7 +111,8 @@ impl Endpoint {
         let (listener, record) = left.ok_or_else(|| EndpointError::NothingLeft {
             path: path.display().to_string(),
         })?;
-        let mut endpoint = Self::new(Listener::resume(listener, path), function)?;
+        let endpoint = Self::new(Listener::resume(listener, path), function)?;
+        let mut endpoint = endpoint.with_msix(msix);
         let resumed = match custody.held(&key(CONNECTION)) {
             Some(client) => endpoint.resume_client(client.into(), &record, &custody),
             None => Ok(()),
@@ -128,15 +138,10 @@ impl Endpoint {
     ) -> Result<(), String> {
         let peer = pid_of(&stream);
         let make = |progress, first: Option<(Header, &[u8])>| {
-            Session::resume(
-                self.function.clone(),
-                &self.name,
-                peer,
-                self.wake.clone(),
-                (record, custody),
-                progress,
-                first,
-            )
+            let (function, wake) = (self.function.clone(), self.wake.clone());
+            Session::new(function, &self.name, peer, self.msix, wake)
+                .keep(record, custody)
+                .resume(record, progress, first)
         };
         self.client = Some(Connection::resume(stream, record, custody, make)?);
         // Messages may be in the inbox already, and answers in the outbox.
@@ -162,8 +167,10 @@ impl Endpoint {
             listener,
             name,
             function,
+            msix: Msix::Auto,
             wake: Arc::new(wake),
             client: None,
+            interrupts: Vec::new(),
             has_backlog: false,
             turned_away: Vec::new(),
             turned_away_during_client: 0,
@@ -172,6 +179,13 @@ impl Endpoint {
             is_shut_down: false,
             kept: None,
         })
+    }
+
+    /// The same, with MSI-X kept as `msix` says from the next client on.
+    #[must_use]
+    pub fn with_msix(mut self, msix: Msix) -> Self {
+        self.msix = msix;
+        self
     }
 
     /// Where VMMs connect.
@@ -251,11 +265,12 @@ impl Endpoint {
         let (function, wake) = (self.function.clone(), self.wake.clone());
         let connection = match &self.kept {
             None => {
-                let session = Session::new(function, &self.name, peer, wake);
+                let session = Session::new(function, &self.name, peer, self.msix, wake);
                 Ok(Connection::new(stream, session))
             }
             Some((record, custody)) => {
-                let session = Session::keep(function, &self.name, peer, wake, record, custody);
+                let session = Session::new(function, &self.name, peer, self.msix, wake);
+                let session = session.keep(record, custody);
                 Connection::keep(stream, session, record, custody)
             }
         };
@@ -287,6 +302,30 @@ impl Endpoint {
             Ok(left) => left,
             Err(why) => return self.drop_client(&why, ops),
         };
+        self.watch_output(had_unsent, ops);
+        self.watch_interrupts(ops);
+        self.has_backlog = left == Left::Messages;
+        if self.has_backlog {
+            // A full counter means that we are to be woken up anyway.
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// The function has signalled a vector of the client's.
+    fn on_interrupt(&mut self, vector: u32, ops: &mut EventOps<'_>) {
+        let Some(client) = &mut self.client else {
+            return;
+        };
+        let had_unsent = client.has_unsent();
+        match client.fire(vector) {
+            Ok(()) => self.watch_output(had_unsent, ops),
+            Err(why) => self.drop_client(&why, ops),
+        }
+    }
+
+    /// Waits for room in the client's socket, or no more.
+    fn watch_output(&mut self, had_unsent: bool, ops: &mut EventOps<'_>) {
+        let Some(client) = &self.client else { return };
         let has_unsent = client.has_unsent();
         if has_unsent != had_unsent {
             let out = if has_unsent {
@@ -297,10 +336,21 @@ impl Endpoint {
             let events = Events::new(client.stream(), EventSet::IN | out);
             log_failure(&self.name, ops.modify(events));
         }
-        self.has_backlog = left == Left::Messages;
-        if self.has_backlog {
-            // A full counter means that we are to be woken up anyway.
-            let _ = self.wake.write(1);
+    }
+
+    /// Watches the eventfds of vectors that the client has begun to use. Each signal is an event, so
+    /// that nobody has to read them.
+    fn watch_interrupts(&mut self, ops: &mut EventOps<'_>) {
+        let Some(client) = &mut self.client else {
+            return;
+        };
+        while let Some(Watch { vector, fd }) = client.take_watch() {
+            let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let added = ops.add(Events::with_data_raw(fd, vector + FIRST_VECTOR, once));
+            if added.is_ok() {
+                self.interrupts.push(fd);
+            }
+            log_failure(&self.name, added);
         }
     }
 
@@ -309,6 +359,12 @@ impl Endpoint {
             return;
         };
         log_failure(&self.name, ops.remove(Events::empty(client.stream())));
+        for fd in self.interrupts.drain(..) {
+            log_failure(
+                &self.name,
+                ops.remove(Events::new_raw(fd, EventSet::empty())),
+            );
+        }
         client.end(why);
         if self.turned_away_during_client > 0 {
             let count = self.turned_away_during_client;
@@ -379,6 +435,9 @@ impl MutEventSubscriber for Endpoint {
         if self.is_shut_down {
             return;
         }
+        if let Some(vector) = events.data().checked_sub(FIRST_VECTOR) {
+            return self.on_interrupt(vector, ops);
+        }
         let fd = events.fd();
         if fd == self.listener.as_raw_fd() {
             self.on_listener(ops);
@@ -419,6 +478,7 @@ impl MutEventSubscriber for Endpoint {
             let events = Events::new(client.stream(), EventSet::IN | out);
             log_failure(&self.name, ops.add(events));
         }
+        self.watch_interrupts(ops);
     }
 }
 

@@ -23,7 +23,11 @@ const PROGRESS_AT: usize = 64;
 const PROGRESS_LEN: usize = 128;
 const WINDOWS_AT: usize = 4096;
 const WINDOW_LEN: usize = 32;
-const INBOX_AT: usize = WINDOWS_AT + (MAX_WINDOWS + 1) * WINDOW_LEN;
+const VECTORS_AT: usize = WINDOWS_AT + (MAX_WINDOWS + 1) * WINDOW_LEN;
+const VECTOR_LEN: usize = 16;
+/// MSI-X has no more.
+const MAX_VECTORS: usize = 2048;
+const INBOX_AT: usize = VECTORS_AT + MAX_VECTORS * VECTOR_LEN;
 const OUTBOX_AT: usize = (INBOX_AT + inbox::CAPACITY).next_multiple_of(4096);
 const LEN: usize = (OUTBOX_AT + outbox::CAPACITY).next_multiple_of(4096);
 
@@ -32,6 +36,8 @@ const LEN: usize = (OUTBOX_AT + outbox::CAPACITY).next_multiple_of(4096);
 pub(super) struct Progress {
     /// The version has been agreed on.
     pub(super) negotiated: bool,
+    /// MSI-X is mediated.
+    pub(super) mediated: bool,
     /// What the inbox holds, and where in the stream that begins.
     pub(super) inbox: (usize, usize, u64),
     /// Bytes that the inbox has and the socket has, too, unless they were taken out meanwhile.
@@ -106,6 +112,7 @@ impl SessionRecord {
         Progress {
             negotiated: flags & 1 != 0,
             writing: flags & 2 != 0,
+            mediated: flags & 4 != 0,
             inbox: (small(a), small(b), c),
             unconsumed: small(d),
             outbox: (small(e), small(f), small(g)),
@@ -117,7 +124,9 @@ impl SessionRecord {
     pub(super) fn set_progress(&self, progress: &Progress) {
         let next = self.load(VALID_AT) + 1;
         let at = PROGRESS_AT + (next % 2) as usize * PROGRESS_LEN;
-        let flags = u64::from(progress.negotiated) | u64::from(progress.writing) << 1;
+        let flags = u64::from(progress.negotiated)
+            | u64::from(progress.writing) << 1
+            | u64::from(progress.mediated) << 2;
         let words = [
             flags,
             progress.inbox.0 as u64,
@@ -176,8 +185,36 @@ impl SessionRecord {
         (0..=MAX_WINDOWS).filter_map(window).collect()
     }
 
+    fn vector_at(vector: u32) -> usize {
+        VECTORS_AT + (vector as usize).min(MAX_VECTORS - 1) * VECTOR_LEN
+    }
+
+    /// An entry of a mediated MSI-X table: address, data, whether it is masked.
+    pub(super) fn set_vector(&self, vector: u32, address: u64, data: u32, masked: bool) {
+        let at = Self::vector_at(vector);
+        self.store(at, address);
+        self.store(at + 8, u64::from(data) << 1 | u64::from(!masked));
+    }
+
+    /// As [`Self::set_vector`] had it, or as after a reset.
+    pub(super) fn vector(&self, vector: u32) -> (u64, u32, bool) {
+        let at = Self::vector_at(vector);
+        let data = self.load(at + 8);
+        (self.load(at), (data >> 1) as u32, data & 1 == 0)
+    }
+
+    /// All entries are as after a reset.
+    pub(super) fn clear_vectors(&self) {
+        for vector in 0..MAX_VECTORS as u32 {
+            if self.vector(vector) != (0, 0, true) {
+                self.set_vector(vector, 0, 0, true);
+            }
+        }
+    }
+
     /// Nobody is connected, and nothing is mapped.
     pub(super) fn clear(&self) {
+        self.clear_vectors();
         for (place, _) in self.windows() {
             self.clear_window(place);
         }
