@@ -150,10 +150,13 @@ pub(super) fn restrict() -> Result<(), SandboxError> {
         libc::SYS_socket,
         sockets.into_iter().collect::<Result<_, _>>()?,
     );
+    let local = only(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;
+    rules.insert(libc::SYS_socketpair, vec![local]);
     // Threads, no processes.
     let thread = libc::CLONE_THREAD as u64;
     let clone = only(0, SeccompCmpOp::MaskedEq(thread), thread)?;
     rules.insert(libc::SYS_clone, vec![clone]);
+    rules.insert(libc::SYS_clone3, Vec::new());
     let name = only(0, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)?;
     rules.insert(libc::SYS_prctl, vec![name]);
     // To ask, for this process; what was given up cannot be raised again in any case.
@@ -161,7 +164,8 @@ pub(super) fn restrict() -> Result<(), SandboxError> {
     rules.insert(libc::SYS_prlimit64, vec![own]);
     let refuse = SeccompAction::Errno(libc::EPERM as u32);
     let others = program(rules, refuse, SeccompAction::Allow)?;
-    // Its flags are in memory, where a filter cannot look; the C library then takes the older one.
+    // Its flags are in memory, where a filter cannot look: a filter of its own says that it does not
+    // exist, so that the C library takes the older one. The stricter of two filters wins.
     let newer = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let absent = SeccompAction::Errno(libc::ENOSYS as u32);
     apply_filter(&program(newer, SeccompAction::Allow, absent)?)?;
