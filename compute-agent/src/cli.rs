@@ -1,6 +1,7 @@
 //! The command line: what it accepts, what it starts, and the exit codes.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_fabric::FabricError;
 use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::session::ClaimedLink;
@@ -21,9 +22,12 @@ use farbus_vfio::Function;
 use log::{LevelFilter, debug, error, info};
 
 use crate::api::Msix;
+use crate::custody::worker::{CONTROLLER, key};
+use crate::custody::{Client, Custody};
 use crate::daemon;
 use crate::daemon::cli::{SERVE_HELP, ServeArgs};
 use crate::reconnect::{MIN_PAUSE, Source};
+use crate::sandbox::{self, Needs, User};
 use crate::vfio_user::Endpoint;
 use crate::vhost_user;
 use crate::vhost_user::cli::{PRINT_CAPABILITIES, VhostUserArgs};
@@ -141,14 +145,24 @@ struct AttachArgs {
     /// Data threads of the attachment, each with its share of the guest's I/O queues and a connection
     /// of its own: a number, or auto (half of this host's processors, 4 at most). The device server
     /// may give fewer. For --vfio-user.
-    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_data_threads, conflicts_with_all = ["vhost_user_blk", "fd"])]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_data_threads, conflicts_with_all = ["vhost_user_blk", "fd", "custody"])]
     data_threads: u16,
+    /// The daemon's socket, where this process hands over what a successor needs of it.
+    #[arg(long, value_name = "PATH", hide = true, requires = "id")]
+    custody: Option<PathBuf>,
+    /// The attachment's id there.
+    #[arg(long, value_name = "ID", hide = true, requires = "custody")]
+    id: Option<String>,
+    /// Whether to give up privileges, files and system calls once everything is set up. By default a
+    /// worker of the daemon does, others do not.
+    #[arg(long, value_name = "SWITCH")]
+    sandbox: Option<Switch>,
+    /// Whom to become then, by numbers.
+    #[arg(long, value_name = "UID:GID")]
+    user: Option<User>,
     /// Print the ready line as a JSON object; a failure before that, too.
     #[arg(long)]
     json: bool,
-    /// The attachment that this is the worker of.
-    #[arg(long, value_name = "ID", hide = true)]
-    id: Option<String>,
 }
 
 fn parse_export_name(name: &str) -> Result<ExportName, String> {
@@ -176,6 +190,13 @@ fn parse_data_threads(word: &str) -> Result<u16, String> {
 
 fn poll_parser() -> impl TypedValueParser<Value = Polling> {
     PossibleValuesParser::new(Polling::NAMES).try_map(|name| name.parse())
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 /// A failure with the exit code that tells of it.
@@ -265,24 +286,75 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         limits: args.limit.unwrap_or_default().rates(),
         data_threads: args.data_threads,
     };
+    let custody = custody(args)?;
+    if let (Some(path), true) = (&args.vfio_user, custody.held(&key(CONTROLLER)).is_some()) {
+        return resume(args, path, source, &custody);
+    }
     let deadline = Duration::from_secs(args.connect_timeout);
     let remote = claim_at_start(args, &mut source, deadline)
         .map_err(anyhow::Error::new)
         .and_then(|claimed| {
-            let function = RemoteFunction::new(format!("{name} of {}", args.from), claimed)?;
-            Ok(Arc::new(function))
+            let label = format!("{name} of {}", args.from);
+            let function = if custody.is_some() && args.vfio_user.is_some() {
+                RemoteFunction::with_record(label, claimed)
+            } else {
+                RemoteFunction::new(label, claimed)
+            };
+            Ok(Arc::new(function?))
         })
         .with_context(|| format!("export {name} of {} cannot be claimed", args.from))
         .map_err(|error| Failure(3, error))?;
     let Some(path) = &args.vfio_user else {
-        return attach_vhost_user(args, inherited, remote, source);
+        return attach_vhost_user(args, inherited, remote, source, &custody);
     };
     let function: Arc<dyn Function> = remote.clone();
+    let bound = || match custody.is_some() {
+        true => Endpoint::bind_kept(path, function, custody.clone()),
+        false => Endpoint::bind(path, function),
+    };
     let endpoint = make_directory(path)
-        .and_then(|()| Ok(Endpoint::bind(path, function)?.with_msix(args.msix)))
+        .and_then(|()| Ok(bound()?.with_msix(args.msix)))
         .with_context(|| not_offered(path))
         .map_err(|error| Failure(4, error))?;
-    serve(args, endpoint, remote, source).map_err(|error| Failure(1, error))
+    if let Some(record) = remote.record() {
+        // The last of what a successor cannot do without: with it there is something to take up.
+        custody.keep(vec![(key(CONTROLLER), record.as_fd())]);
+    }
+    serve(args, endpoint, remote, source, &custody).map_err(|error| Failure(1, error))
+}
+
+/// Connects to the daemon, if this process has one.
+fn custody(args: &AttachArgs) -> Result<Custody, Failure> {
+    let (Some(path), Some(id)) = (&args.custody, &args.id) else {
+        return Ok(Custody::none());
+    };
+    let client = Client::connect(path, id).map_err(|error| Failure(1, error.into()))?;
+    Ok(Custody::new(client))
+}
+
+/// Goes on where a predecessor was killed. The VMM is answered at once; what needs the device waits
+/// for a new claim.
+fn resume(
+    args: &AttachArgs,
+    path: &Path,
+    source: Source,
+    custody: &Custody,
+) -> Result<(), Failure> {
+    let label = format!("{} of {}", args.export.as_str(), args.from);
+    let left = custody.held(&key(CONTROLLER));
+    let remote = left.map(|memory| RemoteFunction::resume(label, memory));
+    let remote = remote
+        .transpose()
+        .map_err(|error| Failure(1, error.into()))?
+        .map(Arc::new)
+        .ok_or_else(|| Failure(1, anyhow::anyhow!("there is nothing to take up")))?;
+    let function: Arc<dyn Function> = remote.clone();
+    let endpoint = Endpoint::resume(path, function, args.msix, custody.clone())
+        .with_context(|| not_offered(path))
+        .map_err(|error| Failure(4, error))?;
+    remote.recover().map_err(|error| Failure(1, error.into()))?;
+    info!("goes on where another process was");
+    serve(args, endpoint, remote, source, custody).map_err(|error| Failure(1, error))
 }
 
 /// Claims the export. The device server may still be ending the claim of who had it before, so this
@@ -318,6 +390,7 @@ fn attach_vhost_user(
     inherited: Option<Socket>,
     remote: Arc<RemoteFunction>,
     source: Source,
+    custody: &Custody,
 ) -> Result<(), Failure> {
     let socket = match (inherited, &args.vhost_user.vhost_user_blk) {
         (Some(socket), _) => Ok(socket),
@@ -327,6 +400,7 @@ fn attach_vhost_user(
         (None, None) => Err(anyhow::anyhow!("there is no endpoint to offer")),
     };
     let socket = socket.map_err(|error| Failure(4, error))?;
+    enter_sandbox(args, custody).map_err(|error| Failure(1, error))?;
     let options = args.vhost_user.options();
     let failed = |error| Failure(1, error);
     let mut worker =
@@ -336,7 +410,13 @@ fn attach_vhost_user(
         .context("the drive cannot be used")
         .map_err(|error| Failure(3, error))?;
     announce(args).map_err(|error| failed(error.into()))?;
+    if let Some(mut client) = custody.client() {
+        client.ready();
+    }
     worker.run(socket).map_err(failed)?;
+    if let Some(mut client) = custody.client() {
+        client.bye();
+    }
     info!("ended in order");
     Ok(())
 }
@@ -346,11 +426,33 @@ fn serve(
     endpoint: Endpoint,
     remote: Arc<RemoteFunction>,
     source: Source,
+    custody: &Custody,
 ) -> anyhow::Result<()> {
-    let worker = Worker::new(endpoint, remote, source, args.poll)?;
+    enter_sandbox(args, custody)?;
+    let worker = Worker::new(endpoint, remote, source, args.poll, custody.clone())?;
     announce(args)?;
+    if let Some(mut client) = custody.client() {
+        client.ready();
+    }
     worker.run()?;
     info!("ended in order");
+    Ok(())
+}
+
+/// Gives up what is not needed any more, before other threads are there to keep it.
+fn enter_sandbox(args: &AttachArgs, custody: &Custody) -> anyhow::Result<()> {
+    let by_default = if custody.is_some() {
+        Switch::On
+    } else {
+        Switch::Off
+    };
+    if args.sandbox.unwrap_or(by_default) == Switch::On {
+        sandbox::enter(&Needs {
+            address: args.from.clone(),
+            verbs: cfg!(feature = "verbs") && args.provider != Wanted::Tcp,
+            user: args.user,
+        })?;
+    }
     Ok(())
 }
 

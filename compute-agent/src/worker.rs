@@ -5,7 +5,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use event_manager::{
@@ -17,6 +17,9 @@ use log::error;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::custody::Custody;
+use crate::custody::messages::Link;
+use crate::custody::worker::Asked;
 use crate::lanes::LaneThreads;
 use crate::reconnect::Source;
 use crate::timer::Timer;
@@ -25,6 +28,10 @@ use crate::vfio_user::Endpoint;
 
 /// Looks at the link and the guest's doorbells between two at everything else.
 const LOOKS_PER_WAIT: u32 = 4;
+
+/// How often a new keeper is looked for while there is none: a worker that dies meanwhile has no
+/// successor.
+const LOOK_FOR_KEEPER: Duration = Duration::from_millis(20);
 
 /// What the event loop serves.
 enum Subscriber {
@@ -88,6 +95,13 @@ pub struct Worker {
     _threads: LaneThreads,
     /// Goes off when an interrupt has been held back for long enough.
     timer: Timer,
+    custody: Custody,
+    /// The keeper has said something, or gone.
+    keeper_ready: Flag,
+    keeper: SubscriberId,
+    /// What the event loop watches for that.
+    keeper_watched: Option<(u64, OwnedFd)>,
+    was_linked: Option<bool>,
 }
 
 impl Worker {
@@ -97,6 +111,7 @@ impl Worker {
         remote: Arc<RemoteFunction>,
         source: Source,
         polling: Polling,
+        custody: Custody,
     ) -> anyhow::Result<Self> {
         remote.look_for_doorbells();
         let timer = Timer::new()?;
@@ -104,7 +119,7 @@ impl Worker {
         let threads = LaneThreads::start(&remote, polling).context("no data thread can be made")?;
         let signals = signals()?;
         let upkeep = Upkeep::new(remote.clone(), source, 0)?;
-        let [link_ready, ended, claimed, woken] = <[Flag; 4]>::default();
+        let [link_ready, ended, claimed, woken, keeper_ready] = <[Flag; 5]>::default();
         let mut manager = EventManager::new().context("the event loop cannot be made")?;
         // Each time that the timer goes off is an event, so that nobody has to read it.
         let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
@@ -121,6 +136,11 @@ impl Worker {
         let mut worker = Self {
             endpoint: manager.add_subscriber(Subscriber::Endpoint(Box::new(endpoint))),
             link: manager.add_subscriber(Subscriber::Flag(link_ready.clone())),
+            keeper: manager.add_subscriber(Subscriber::Flag(keeper_ready.clone())),
+            keeper_ready,
+            keeper_watched: None,
+            was_linked: None,
+            custody,
             manager,
             upkeep,
             remote,
@@ -135,6 +155,7 @@ impl Worker {
             _threads: threads,
         };
         worker.look_after_link()?;
+        worker.look_after_keeper()?;
         Ok(worker)
     }
 
@@ -157,14 +178,27 @@ impl Worker {
             if looking && self.looks % LOOKS_PER_WAIT != 0 {
                 continue;
             }
-            if self.wait(looking, due)? > 0 {
+            let orphaned = self.custody.is_some() && self.keeper_watched.is_none();
+            let until = if orphaned {
+                due.min(Instant::now() + LOOK_FOR_KEEPER)
+            } else {
+                due
+            };
+            if self.wait(looking, until)? > 0 {
                 self.waiter.found();
+            }
+            if orphaned && Instant::now() >= until {
+                self.keeper_ready.raise();
             }
             if Instant::now() >= due {
                 due = Instant::now() + TICK;
                 self.remote.tick();
+                self.keeper_ready.raise();
             }
             self.look_after_link()?;
+            if self.keeper_ready.take() {
+                self.look_after_keeper()?;
+            }
             if self.ended.is_raised() {
                 self.end();
                 return Ok(());
@@ -193,6 +227,47 @@ impl Worker {
         if self.claimed.take() {
             self.upkeep.claimed(&mut ops)?;
         }
+        if self.was_linked.is_some() && self.was_linked != Some(self.upkeep.is_linked()) {
+            self.keeper_ready.raise();
+        }
+        Ok(())
+    }
+
+    /// Hears the keeper, looks for a new one if it has gone, and tells it how the link is.
+    fn look_after_keeper(&mut self) -> anyhow::Result<()> {
+        let linked = self.remote.is_linked();
+        let Some(mut client) = self.custody.client() else {
+            return Ok(());
+        };
+        if client.listen() == Asked::Stop {
+            self.ended.raise();
+        }
+        client.look_for_keeper();
+        if self.was_linked.replace(linked) != Some(linked) {
+            let (link, reason) = if linked {
+                (Link::Up, None)
+            } else {
+                (Link::Down, self.upkeep.why().map(ToOwned::to_owned))
+            };
+            client.link(link, reason);
+        }
+        let number = client.keepers();
+        if self.keeper_watched.as_ref().map(|(of, _)| *of) == number {
+            return Ok(());
+        }
+        let mut ops = self.manager.event_ops(self.keeper)?;
+        let failed = "the event loop does not take the daemon's socket";
+        if let Some((_, old)) = self.keeper_watched.take() {
+            ops.remove(Events::empty_raw(old.as_raw_fd()))
+                .context(failed)?;
+        }
+        if let (Some(number), Some(fd)) = (number, client.descriptor()) {
+            // Its own, which stays open until the event loop has forgotten it.
+            let fd = fd.try_clone_to_owned().context(failed)?;
+            ops.add(Events::new_raw(fd.as_raw_fd(), EventSet::IN))
+                .context(failed)?;
+            self.keeper_watched = Some((number, fd));
+        }
         Ok(())
     }
 
@@ -203,5 +278,8 @@ impl Worker {
             Err(error) => error!("the endpoint is not shut down: {error}"),
         }
         self.remote.release();
+        if let Some(mut client) = self.custody.client() {
+            client.bye();
+        }
     }
 }

@@ -108,7 +108,7 @@ fn hundred_attachments_are_made_fast_and_idle_for_almost_nothing() -> TestResult
     let mut events = service.events(u64::MAX / 2)?;
     let _ = service.until(&mut events, Deadline::secs(2), |_| false);
     let (after, elapsed) = (cpu()?, start.elapsed().as_nanos() as u64);
-    let ppm = |index: usize| (after[index] - before[index]) * 1_000_000 / elapsed;
+    let ppm = |index: usize| after[index].saturating_sub(before[index]) * 1_000_000 / elapsed;
     let kib = |bytes: u64| bytes / COUNT as u64 / 1024;
     println!(
         "{each:?} to attach; per worker {} KiB private, {} KiB proportional; daemon {} KiB private; idle: \

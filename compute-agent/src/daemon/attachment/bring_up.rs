@@ -122,6 +122,7 @@ impl Owner {
             _force = self.detach_wanted() => Launched::Unwanted,
         };
         let worker = starting.into_worker();
+        self.context.chooser.has_changed(device);
         if matches!(outcome, Launched::Ready) {
             self.worker = Some(worker);
         } else {

@@ -123,6 +123,7 @@ pub struct Gone(Owner);
 impl Gone {
     /// Tells. After this, an attachment of the same id may be another one.
     pub fn say_gone(mut self) {
+        self.0.date(AttachmentState::Detached);
         self.0.show(AttachmentState::Detached, None);
     }
 }
@@ -157,8 +158,10 @@ impl Owner {
             _ => Wish::Keep,
         };
         let wishes = watch::Sender::new(first);
+        let lost = worker.is_none() && record.phase == Phase::Attached;
+        let degraded = lost.then(|| "its worker has died; it is replaced".to_owned());
         // It is no news how an earlier daemon has left it.
-        let (state, reason) = shown(&record, None);
+        let (state, reason) = shown(&record, degraded.clone());
         let mut owner = Self {
             link_down: context.custody.admit(&record.id),
             status: watch::Sender::new(Attachment {
@@ -178,7 +181,7 @@ impl Owner {
             record,
             socket,
             worker,
-            degraded: None,
+            degraded,
         };
         owner.publish();
         let handle = Handle {
@@ -220,8 +223,10 @@ impl Owner {
     /// Goes on to a phase: remembers it, and tells.
     async fn enter(&mut self, phase: Phase) {
         self.record.phase = phase;
+        let (state, reason) = self.seen();
+        self.date(state);
         self.save().await;
-        self.publish();
+        self.show(state, reason);
     }
 
     /// Gives up: takes away what there is of it, and remembers why.
@@ -242,6 +247,9 @@ impl Owner {
         if let Some(worker) = self.worker.take() {
             worker.stop().await;
         }
+        if let Some(device) = &self.record.device {
+            self.context.chooser.has_changed(device);
+        }
         self.context.custody.begin_anew(&self.record.id);
         let _ = std::fs::remove_file(&self.socket);
     }
@@ -258,17 +266,27 @@ impl Owner {
 
     /// Shows it as it is now to who asks, and tells when that is news.
     fn publish(&mut self) {
-        let down = self.link_down.borrow_and_update().clone();
-        let (state, reason) = shown(&self.record, self.degraded.clone().or(down));
+        let (state, reason) = self.seen();
+        self.date(state);
         self.show(state, reason);
+    }
+
+    /// How it is, and why.
+    fn seen(&mut self) -> (AttachmentState, Option<String>) {
+        let down = self.link_down.borrow_and_update().clone();
+        shown(&self.record, self.degraded.clone().or(down))
+    }
+
+    /// Notes the time, if this state is not the one that is shown.
+    fn date(&mut self, state: AttachmentState) {
+        if state != self.status.borrow().state {
+            self.record.since = farbus_rest::timestamp(SystemTime::now());
+        }
     }
 
     fn show(&mut self, state: AttachmentState, reason: Option<String>) {
         let before = self.status.borrow().state;
         let known = self.status.borrow().reason.clone();
-        if state != before {
-            self.record.since = farbus_rest::timestamp(SystemTime::now());
-        }
         let restarts = self.record.restarts;
         self.status.send_modify(|shown| {
             shown.state = state;
