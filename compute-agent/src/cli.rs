@@ -20,6 +20,7 @@ use farbus_vfio::Function;
 use log::{LevelFilter, debug, error, info};
 
 use crate::api::Msix;
+use crate::custody::attend::attend;
 use crate::custody::worker::{CONTROLLER, key};
 use crate::custody::{Client, Custody};
 use crate::reconnect::{MIN_PAUSE, Source};
@@ -220,7 +221,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
     };
     let custody = custody(args)?;
     if let (Some(path), true) = (&args.vfio_user, custody.held(&key(CONTROLLER)).is_some()) {
-        return resume(args, path, source, custody);
+        return resume(args, path, source, &custody);
     }
     let deadline = Duration::from_secs(args.connect_timeout);
     let remote = claim_at_start(args, &mut source, deadline)
@@ -266,7 +267,12 @@ fn custody(args: &AttachArgs) -> Result<Custody, Failure> {
 
 /// Goes on where a predecessor was killed. The VMM is answered at once; what needs the device waits
 /// for a new claim.
-fn resume(args: &AttachArgs, path: &Path, source: Source, custody: Custody) -> Result<(), Failure> {
+fn resume(
+    args: &AttachArgs,
+    path: &Path,
+    source: Source,
+    custody: &Custody,
+) -> Result<(), Failure> {
     let label = format!("{} of {}", args.export.as_str(), args.from);
     let left = custody.held(&key(CONTROLLER));
     let remote = left.map(|memory| RemoteFunction::resume(label, memory));
@@ -281,7 +287,7 @@ fn resume(args: &AttachArgs, path: &Path, source: Source, custody: Custody) -> R
         .map_err(|error| Failure(4, error))?;
     remote.recover().map_err(|error| Failure(1, error.into()))?;
     info!("goes on where another process was");
-    serve(args, endpoint, remote, source, &custody).map_err(|error| Failure(1, error))
+    serve(args, endpoint, remote, source, custody).map_err(|error| Failure(1, error))
 }
 
 /// Claims the export. The device server may still be ending the claim of who had it before, so this
@@ -330,6 +336,7 @@ fn attach_vhost_user(
     enter_sandbox(args, custody).map_err(|error| Failure(1, error))?;
     let options = args.vhost_user.options();
     let failed = |error| Failure(1, error);
+    attend(custody, remote.clone()).map_err(|error| failed(error.into()))?;
     let mut worker =
         vhost_user::worker::Worker::new(remote, source, options, args.poll).map_err(failed)?;
     worker

@@ -164,7 +164,7 @@ impl Listener {
                 // A worker in its sandbox may not; its daemon, or who listens here next, does.
                 Err(Errno::ACCESS) => log::debug!("the socket {} is left", self.path.display()),
                 Err(error) => {
-                    log::warn!("cannot remove the socket {}: {error}", self.path.display())
+                    log::warn!("cannot remove the socket {}: {error}", self.path.display());
                 }
             }
         }
