@@ -22,9 +22,11 @@ use super::inbox::Message;
 use super::irqs::Irqs;
 use super::msix::{Mediator, Message as Interrupt, Watch};
 use super::outbox::{Full, Outbox};
+use super::record::{Progress, SessionRecord};
 use super::refusal::{End, Refusal};
 use super::{dma, regions};
 use crate::api::Msix;
+use crate::custody::Custody;
 use crate::guest_memory::{GuestMemory, MAX_WINDOWS};
 
 /// How many refused commands of a client are logged, one by one.
@@ -42,7 +44,7 @@ const CAPABILITIES: Capabilities = Capabilities {
 
 /// How far the handling of a message got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
+pub(super) enum Handled {
     /// It is done.
     Done,
     /// The budget is used up and the message is to be handled again, to go on with it.
@@ -69,6 +71,8 @@ pub(super) struct Session {
     /// What is wanted of MSI-X, and what keeps it if it is not the client.
     msix: Msix,
     mediator: Option<Mediator>,
+    /// Where a successor finds the table.
+    record: Option<SessionRecord>,
     /// Messages that were sent unasked.
     sent: u16,
     multi: MultiProgress,
@@ -82,7 +86,6 @@ impl Session {
         function: Arc<dyn Function>,
         socket: &str,
         peer: Option<u32>,
-        msix: Msix,
         lost: Arc<EventFd>,
     ) -> Self {
         let pid = peer.map_or("pid unknown".to_owned(), |pid| format!("pid {pid}"));
@@ -93,11 +96,83 @@ impl Session {
             negotiated: false,
             memory: GuestMemory::new(lost),
             irqs: Irqs::default(),
-            msix,
+            msix: Msix::Auto,
             mediator: None,
+            record: None,
             sent: 0,
             multi: MultiProgress::default(),
             refusals: 0,
+        }
+    }
+
+    /// A client that a predecessor was talking to: its memory and its interrupts are given to the
+    /// function again. `first` is the message that the predecessor was perhaps handling.
+    pub(super) fn resume(
+        function: Arc<dyn Function>,
+        socket: &str,
+        peer: Option<u32>,
+        lost: Arc<EventFd>,
+        (record, custody): (&SessionRecord, &Custody),
+        progress: Progress,
+        first: Option<(Header, &[u8])>,
+    ) -> Result<Self, Refusal> {
+        let mut session = Self::keep(function, socket, peer, lost, record, custody);
+        session.negotiated = progress.negotiated;
+        (session.multi.seen, session.multi.done) = progress.multi;
+        let mut windows = record.windows();
+        match first.map(|(header, body)| (Command::from_number(header.command), body)) {
+            // It is agreed on again, with the same outcome.
+            Some((Some(Command::Version), _)) => session.negotiated = false,
+            Some((Some(Command::DmaMap), body)) => {
+                // It is mapped when the message is handled again.
+                if let Ok((iova, size)) = dma::range_of(body) {
+                    windows.retain(|(place, window)| {
+                        let again = (window.iova, window.size) == (iova, size);
+                        if again {
+                            record.clear_window(*place);
+                        }
+                        !again
+                    });
+                }
+            }
+            _ => {}
+        }
+        for window in session.memory.resume(windows, peer)? {
+            session.function.map_dma(&window)?;
+        }
+        session.irqs.resume(session.function.as_ref())?;
+        if record.is_mediated() {
+            session.mediator = Mediator::resume(session.function.as_ref(), record.clone())?;
+        }
+        info!("vfio-user {}: client taken over", session.name);
+        Ok(session)
+    }
+
+    /// As [`Self::new`], with what a successor needs of the client's memory and interrupts in the
+    /// record and in custody.
+    pub(super) fn keep(
+        function: Arc<dyn Function>,
+        socket: &str,
+        peer: Option<u32>,
+        lost: Arc<EventFd>,
+        record: &SessionRecord,
+        custody: &Custody,
+    ) -> Self {
+        let memory = GuestMemory::keep(lost.clone(), record.clone(), custody.clone());
+        Self {
+            memory,
+            irqs: Irqs::keep(custody.clone()),
+            record: Some(record.clone()),
+            ..Self::new(function, socket, peer, lost)
+        }
+    }
+
+    /// How far the conversation is, as far as only this knows.
+    pub(super) fn progress(&self) -> Progress {
+        Progress {
+            negotiated: self.negotiated,
+            multi: (self.multi.seen, self.multi.done),
+            ..Progress::default()
         }
     }
 
@@ -112,19 +187,19 @@ impl Session {
         message: Message<'_>,
         outbox: &mut Outbox,
         budget: &mut u32,
-    ) -> Result<Progress, End> {
+    ) -> Result<Handled, End> {
         let Message { header, body, fds } = message;
         *budget = budget.saturating_sub(1);
         match header.message_type()? {
             // This server sends no commands, so whatever this answers was never asked.
-            MessageType::Reply => return Ok(Progress::Done),
+            MessageType::Reply => return Ok(Handled::Done),
             MessageType::Command => {}
         }
         let command = Command::from_number(header.command);
         if !self.negotiated {
             return self
                 .shake_hands(command, &header, body, outbox)
-                .map(|()| Progress::Done);
+                .map(|()| Handled::Done);
         }
         if command == Some(Command::RegionWriteMulti) {
             return self.write_multi(&header, body, outbox, budget);
@@ -142,10 +217,10 @@ impl Session {
             None => Err(Refusal::UnknownCommand(header.command)),
         };
         match outcome {
-            Ok(()) => Ok(Progress::Done),
+            Ok(()) => Ok(Handled::Done),
             Err(refusal) => self
                 .refuse(&header, refusal, outbox)
-                .map(|()| Progress::Done),
+                .map(|()| Handled::Done),
         }
     }
 
@@ -230,6 +305,12 @@ impl Session {
         }
     }
 
+    /// Says what is wanted of MSI-X, if it is not [`Msix::Auto`]; a client that was greeted already
+    /// keeps what it has.
+    pub(super) fn set_msix(&mut self, msix: Msix) {
+        self.msix = msix;
+    }
+
     /// Decides who keeps the MSI-X table: see [`super::msix`].
     fn choose_msix(&mut self, client: &Capabilities) {
         let is_mediated = match self.msix {
@@ -238,7 +319,7 @@ impl Session {
             Msix::Irqfd => false,
         };
         if is_mediated {
-            self.mediator = Mediator::new(self.function.as_ref());
+            self.mediator = Mediator::new(self.function.as_ref(), self.record.clone());
         }
         let how = match &self.mediator {
             Some(_) => "MSI-X is mediated",
@@ -346,13 +427,13 @@ impl Session {
         body: &[u8],
         outbox: &mut Outbox,
         budget: &mut u32,
-    ) -> Result<Progress, End> {
+    ) -> Result<Handled, End> {
         let multi = match WriteMulti::decode(body) {
             Ok(multi) => multi,
             Err(error) => {
                 return self
                     .refuse(header, error.into(), outbox)
-                    .map(|()| Progress::Done);
+                    .map(|()| Handled::Done);
             }
         };
         for write in multi.iter().skip(self.multi.seen) {
@@ -362,13 +443,13 @@ impl Session {
                 Err(refusal) => self.log_refusal(header, &refusal),
             }
             if *budget == 0 && self.multi.seen < multi.count() {
-                return Ok(Progress::Unfinished);
+                return Ok(Handled::Unfinished);
             }
             *budget = budget.saturating_sub(1);
         }
         let done = std::mem::take(&mut self.multi).done;
         self.reply(header, &done.to_ne_bytes(), outbox)?;
-        Ok(Progress::Done)
+        Ok(Handled::Done)
     }
 
     fn reply(&self, header: &Header, body: &[u8], outbox: &mut Outbox) -> Result<(), End> {

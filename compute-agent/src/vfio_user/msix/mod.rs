@@ -26,6 +26,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub(super) use self::table::Message;
 use self::table::{Control, Table};
+use super::record::SessionRecord;
 
 /// A guest reads configuration space in accesses of at most this many bytes.
 const LONGEST_GUEST_READ: usize = 8;
@@ -69,23 +70,47 @@ pub(super) struct Mediator {
 
 impl Mediator {
     /// `None` if the function has no MSI-X whose table and pending bits lie within its BARs.
-    pub(super) fn new(function: &dyn Function) -> Option<Self> {
+    pub(super) fn new(function: &dyn Function, record: Option<SessionRecord>) -> Option<Self> {
+        Self::around(function, |vectors| Table::new(vectors, record))
+    }
+
+    /// Goes on with what a predecessor has kept in the record.
+    pub(super) fn resume(
+        function: &dyn Function,
+        record: SessionRecord,
+    ) -> Result<Option<Self>, FunctionError> {
+        let mut used = Vec::new();
+        let Some(mut mediator) = Self::around(function, |vectors| {
+            let table;
+            (table, used) = Table::resume(vectors, record);
+            table
+        }) else {
+            return Ok(None);
+        };
+        mediator.follow(function);
+        for vector in used {
+            mediator.listen_to(function, vector)?;
+            mediator.table.fire(vector);
+        }
+        Ok(Some(mediator))
+    }
+
+    fn around(function: &dyn Function, table: impl FnOnce(u16) -> Table) -> Option<Self> {
         let read = |at: u16, data: &mut [u8]| function.config_read(at, data);
         let (capability, layout) = find_msix(read)?;
         let info = function.info();
-        let table = Table::new(layout.vectors);
         let fits = |(region, start): (RegionIndex, u64), len: u64| {
             let has = info.region(region).map_or(0, |region| region.size);
             region < RegionIndex::ROM && start.saturating_add(len) <= has
         };
         let is_sound = u32::from(layout.vectors) <= info.interrupts.msix
-            && fits(layout.table, table.len())
-            && fits(layout.pba, table.pending_len());
+            && fits(layout.table, Table::len_of(layout.vectors))
+            && fits(layout.pba, Table::pending_len_of(layout.vectors));
         is_sound.then(|| Self {
             layout,
             capability,
             express: find_capability(CapabilityId::Express, read),
-            table,
+            table: table(layout.vectors),
             events: BTreeMap::new(),
             fresh: Vec::new(),
         })
@@ -150,14 +175,17 @@ impl Mediator {
             let end = offset.saturating_add(len as u64);
             place == region && offset >= start && end <= start + size
         };
-        within(self.layout.table, self.table.len())
-            || within(self.layout.pba, self.table.pending_len())
+        within(self.layout.table, Table::len_of(self.layout.vectors))
+            || within(self.layout.pba, Table::pending_len_of(self.layout.vectors))
     }
 
     /// Puts what table and pending bits say into what was read of a region from `offset` on.
     pub(super) fn read(&self, region: RegionIndex, offset: u64, data: &mut [u8]) {
         let (table, pba) = (self.layout.table, self.layout.pba);
-        let ends = (table.1 + self.table.len(), pba.1 + self.table.pending_len());
+        let ends = (
+            table.1 + Table::len_of(self.layout.vectors),
+            pba.1 + Table::pending_len_of(self.layout.vectors),
+        );
         for (at, byte) in (offset..).zip(data) {
             if region == table.0 && (table.1..ends.0).contains(&at) {
                 *byte = self.table.byte(at - table.1);
