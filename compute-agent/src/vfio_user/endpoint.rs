@@ -7,9 +7,8 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use farbus_vfio::Function;
-use farbus_vfio::user::wire::{HEADER_LEN, Header};
+use farbus_vfio::user::wire::Header;
 use log::{error, info, warn};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Connection, Left};
@@ -19,6 +18,7 @@ use super::peer::pid_of;
 use super::record::SessionRecord;
 use super::refusal::End;
 use super::session::Session;
+use super::turned_away::TurnedAway;
 use crate::api::Msix;
 use crate::custody::Custody;
 use crate::custody::worker::{CONNECTION, LISTENER, key};
@@ -400,17 +400,13 @@ impl Endpoint {
         self.turned_away_during_client = self.turned_away_during_client.saturating_add(1);
         if self.turned_away.len() >= MAX_TURNED_AWAY {
             let oldest = self.turned_away.remove(0);
-            log_failure(&self.name, ops.remove(Events::empty(&oldest.stream)));
+            log_failure(&self.name, ops.remove(Events::empty(oldest.stream())));
         }
-        let mut turned_away = TurnedAway {
-            stream,
-            head: [0; HEADER_LEN],
-            received: 0,
-        };
+        let mut turned_away = TurnedAway::new(stream);
         if turned_away.is_told() {
             return;
         }
-        match ops.add(Events::new(&turned_away.stream, EventSet::IN)) {
+        match ops.add(Events::new(turned_away.stream(), EventSet::IN)) {
             Ok(()) => self.turned_away.push(turned_away),
             Err(error) => error!(
                 "vfio-user {}: cannot watch a connection: {error}",
@@ -423,7 +419,7 @@ impl Endpoint {
         let Some(index) = self
             .turned_away
             .iter()
-            .position(|t| t.stream.as_raw_fd() == fd)
+            .position(|t| t.stream().as_raw_fd() == fd)
         else {
             return;
         };
@@ -433,7 +429,7 @@ impl Endpoint {
             .is_some_and(TurnedAway::is_told)
         {
             let told = self.turned_away.remove(index);
-            log_failure(&self.name, ops.remove(Events::empty(&told.stream)));
+            log_failure(&self.name, ops.remove(Events::empty(told.stream())));
         }
     }
 }
@@ -499,35 +495,5 @@ impl Drop for Endpoint {
 fn log_failure(name: &str, result: Result<(), event_manager::Error>) {
     if let Err(error) = result {
         error!("vfio-user {name}: the event loop refused a descriptor: {error}");
-    }
-}
-
-/// A client that is not served and has to be told.
-struct TurnedAway {
-    stream: UnixStream,
-    head: [u8; HEADER_LEN],
-    received: usize,
-}
-
-impl TurnedAway {
-    /// Goes on telling it; whether that is done, or cannot be.
-    fn is_told(&mut self) -> bool {
-        let room = self.head.get_mut(self.received..).unwrap_or_default();
-        match recv(&self.stream, room, RecvFlags::DONTWAIT) {
-            Ok((_, len @ 1..)) => self.received += len,
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return false,
-            Ok(_) | Err(_) => return true,
-        }
-        if self.received < HEADER_LEN {
-            return false;
-        }
-        let reply = Header::decode(&self.head).error_reply(libc::EBUSY).encode();
-        // A fresh socket has room for 16 bytes; a client that has gone needs none.
-        let _ = send(
-            &self.stream,
-            &reply,
-            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
-        );
-        true
     }
 }

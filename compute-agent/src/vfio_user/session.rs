@@ -7,17 +7,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use farbus_vfio::Function;
-use farbus_vfio::user::body::{
-    DmaTransfer, RegionAccess, Version, WriteMulti, decode_region_write,
-};
+use farbus_vfio::user::body::{DmaTransfer, RegionAccess, WriteMulti, decode_region_write};
 use farbus_vfio::user::caps::Capabilities;
-use farbus_vfio::user::wire::{
-    Command, DMA_PAGE, FLAG_NO_REPLY, Header, MAX_DATA_XFER, MAX_MSG_FDS, MessageType,
-    VERSION_MAJOR, VERSION_MINOR,
-};
+use farbus_vfio::user::wire::{Command, FLAG_NO_REPLY, Header, MAX_DATA_XFER, MessageType};
 use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::answer::{Answer, answer_version};
 use super::inbox::Message;
 use super::irqs::Irqs;
 use super::msix::{Mediator, Message as Interrupt, Watch};
@@ -27,20 +23,10 @@ use super::refusal::{End, Refusal};
 use super::{dma, regions};
 use crate::api::Msix;
 use crate::custody::Custody;
-use crate::guest_memory::{GuestMemory, MAX_WINDOWS};
+use crate::guest_memory::GuestMemory;
 
 /// How many refused commands of a client are logged, one by one.
 const LOGGED_REFUSALS: u32 = 16;
-
-/// What can be done with a client, and what this server tells of itself.
-const CAPABILITIES: Capabilities = Capabilities {
-    max_msg_fds: Some(MAX_MSG_FDS as u64),
-    max_data_xfer_size: Some(MAX_DATA_XFER as u64),
-    max_dma_maps: Some(MAX_WINDOWS as u64),
-    pgsizes: Some(DMA_PAGE),
-    write_multiple: Some(true),
-    migration: false,
-};
 
 /// How far the handling of a message got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -523,57 +509,5 @@ impl Session {
         }
         self.mediator = None;
         self.negotiated = false;
-    }
-}
-
-/// The reply to a version request, and what the client proposes in it.
-fn answer_version(body: &[u8]) -> Result<(Vec<u8>, Capabilities), Refusal> {
-    let version = Version::decode(body)?;
-    let Version { major, minor } = version;
-    if major != VERSION_MAJOR {
-        return Err(Refusal::Version { major, minor });
-    }
-    let proposed = Capabilities::decode(body.get(Version::LEN..).unwrap_or_default())?;
-    let agreed = Version {
-        major,
-        minor: minor.min(VERSION_MINOR),
-    };
-    let answer = [
-        &agreed.encode()[..],
-        &CAPABILITIES.answer_to(&proposed).encode(),
-    ];
-    Ok((answer.concat(), proposed))
-}
-
-/// The body of a reply with a fixed layout.
-struct Answer {
-    bytes: [u8; Self::MAX],
-    len: usize,
-}
-
-impl Answer {
-    /// The longest one: a region's description.
-    const MAX: usize = 32;
-    const EMPTY: Self = Self {
-        bytes: [0; Self::MAX],
-        len: 0,
-    };
-
-    fn new<const N: usize>(body: &[u8; N]) -> Self {
-        const { assert!(N <= Self::MAX) };
-        let mut answer = Self {
-            bytes: [0; Self::MAX],
-            len: N,
-        };
-        answer
-            .bytes
-            .iter_mut()
-            .zip(body)
-            .for_each(|(to, from)| *to = *from);
-        answer
-    }
-
-    fn bytes(&self) -> &[u8] {
-        self.bytes.get(..self.len).unwrap_or_default()
     }
 }
