@@ -7,8 +7,9 @@
 //! - [`reconnect`]: how a lost link is replaced.
 //! - [`upkeep`]: what an event loop does to keep its link.
 //! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
-//! - [`hotplug`]: what plugs an endpoint into a running VM.
 //! - [`custody`]: how an attachment outlives the process that carries it.
+//! - [`hotplug`]: what plugs an endpoint into a running VM.
+//! - [`sandbox`]: what a worker gives up once it is set up.
 //! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
 #![deny(unsafe_code)]
 
@@ -18,6 +19,7 @@ pub mod custody;
 pub mod guest_memory;
 pub mod hotplug;
 pub mod reconnect;
+pub mod sandbox;
 pub mod upkeep;
 pub mod vfio_user;
 pub mod vhost_user;

@@ -168,13 +168,18 @@ pub(super) struct MemoryFiles {
 const MEMORY: &str = "memory";
 
 impl MemoryFiles {
-    pub(super) fn new(lost: Arc<EventFd>, custody: Custody) -> Self {
+    pub(super) fn new(lost: Arc<EventFd>) -> Self {
         Self {
             files: Vec::new(),
             next_id: 0,
             lost,
-            custody,
+            custody: Custody::none(),
         }
+    }
+
+    /// From now on the files are in custody.
+    pub(super) fn keep(&mut self, custody: Custody) {
+        self.custody = custody;
     }
 
     /// Takes up the files that a predecessor had.

@@ -94,20 +94,18 @@ impl GuestMemory {
     pub fn new(lost: Arc<EventFd>) -> Self {
         Self {
             windows: BTreeMap::new(),
-            files: MemoryFiles::new(lost, Custody::none()),
+            files: MemoryFiles::new(lost),
             record: None,
             free_places: Vec::new(),
             used_places: 0,
         }
     }
 
-    /// As [`Self::new`], with the windows in the record and their files in custody.
-    pub(crate) fn keep(lost: Arc<EventFd>, record: SessionRecord, custody: Custody) -> Self {
-        Self {
-            files: MemoryFiles::new(lost.clone(), custody),
-            record: Some(record),
-            ..Self::new(lost)
-        }
+    /// The same, with the windows in the record and their files in custody.
+    pub(crate) fn keep(mut self, record: SessionRecord, custody: Custody) -> Self {
+        self.files.keep(custody);
+        self.record = Some(record);
+        self
     }
 
     /// Takes up what a predecessor had mapped; says what the function is to be given.

@@ -20,7 +20,6 @@ use super::outbox::Outbox;
 use super::record::{Progress, SessionRecord};
 use super::refusal::{End, Refusal};
 use super::session::{Handled, Session};
-use crate::api::Msix;
 use crate::custody::Custody;
 
 /// How many messages, or writes of coalesced ones, one wake-up handles at most. At some
@@ -149,14 +148,16 @@ impl Connection {
     /// gone out.
     fn raise(&mut self) -> Result<(), End> {
         while !self.has_unsent() && self.session.raise_one(&mut self.outbox)? {
+            if self.kept.is_some() {
+                // Raised again by a successor, so nothing need be known of it.
+                self.flush_directly()?;
+                if !self.outbox.is_empty() {
+                    self.note();
+                }
+            }
             self.flush()?;
         }
         Ok(())
-    }
-
-    /// What is wanted of MSI-X.
-    pub(super) fn set_msix(&mut self, msix: Msix) {
-        self.session.set_msix(msix);
     }
 
     /// A vector's eventfd that is to be watched from now on.
@@ -246,6 +247,10 @@ impl Connection {
             let progress = self.session.progress();
             return kept.flush(&self.stream, &self.inbox, &mut self.outbox, progress);
         }
+        self.flush_directly()
+    }
+
+    fn flush_directly(&mut self) -> Result<(), End> {
         while !self.outbox.is_empty() {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match send(&self.stream, self.outbox.first(), flags) {

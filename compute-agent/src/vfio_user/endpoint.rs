@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use farbus_vfio::Function;
-use farbus_vfio::user::wire::Header;
+use farbus_vfio::user::wire::{HEADER_LEN, Header};
 use log::{error, info, warn};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Connection, Left};
@@ -18,7 +19,6 @@ use super::peer::pid_of;
 use super::record::SessionRecord;
 use super::refusal::End;
 use super::session::Session;
-use super::turned_away::TurnedAway;
 use crate::api::Msix;
 use crate::custody::Custody;
 use crate::custody::worker::{CONNECTION, LISTENER, key};
@@ -103,6 +103,7 @@ impl Endpoint {
     pub fn resume(
         path: &Path,
         function: Arc<dyn Function>,
+        msix: Msix,
         custody: Custody,
     ) -> Result<Self, EndpointError> {
         let left = custody.held(&key(LISTENER));
@@ -110,7 +111,8 @@ impl Endpoint {
         let (listener, record) = left.ok_or_else(|| EndpointError::NothingLeft {
             path: path.display().to_string(),
         })?;
-        let mut endpoint = Self::new(Listener::resume(listener, path), function)?;
+        let endpoint = Self::new(Listener::resume(listener, path), function)?;
+        let mut endpoint = endpoint.with_msix(msix);
         let resumed = match custody.held(&key(CONNECTION)) {
             Some(client) => endpoint.resume_client(client.into(), &record, &custody),
             None => Ok(()),
@@ -136,15 +138,10 @@ impl Endpoint {
     ) -> Result<(), String> {
         let peer = pid_of(&stream);
         let make = |progress, first: Option<(Header, &[u8])>| {
-            Session::resume(
-                self.function.clone(),
-                &self.name,
-                peer,
-                self.wake.clone(),
-                (record, custody),
-                progress,
-                first,
-            )
+            let (function, wake) = (self.function.clone(), self.wake.clone());
+            Session::new(function, &self.name, peer, self.msix, wake)
+                .keep(record, custody)
+                .resume(record, progress, first)
         };
         self.client = Some(Connection::resume(stream, record, custody, make)?);
         // Messages may be in the inbox already, and answers in the outbox.
@@ -188,9 +185,6 @@ impl Endpoint {
     #[must_use]
     pub fn with_msix(mut self, msix: Msix) -> Self {
         self.msix = msix;
-        if let Some(client) = &mut self.client {
-            client.set_msix(msix);
-        }
         self
     }
 
@@ -271,19 +265,17 @@ impl Endpoint {
         let (function, wake) = (self.function.clone(), self.wake.clone());
         let connection = match &self.kept {
             None => {
-                let session = Session::new(function, &self.name, peer, wake);
+                let session = Session::new(function, &self.name, peer, self.msix, wake);
                 Ok(Connection::new(stream, session))
             }
             Some((record, custody)) => {
-                let session = Session::keep(function, &self.name, peer, wake, record, custody);
+                let session = Session::new(function, &self.name, peer, self.msix, wake);
+                let session = session.keep(record, custody);
                 Connection::keep(stream, session, record, custody)
             }
         };
         match connection {
-            Ok(mut connection) => {
-                connection.set_msix(self.msix);
-                self.client = Some(connection);
-            }
+            Ok(connection) => self.client = Some(connection),
             // Its descriptor goes, and with it the event loop's interest.
             Err(error) => {
                 return error!("vfio-user {}: cannot keep a connection: {error}", self.name);
@@ -400,13 +392,17 @@ impl Endpoint {
         self.turned_away_during_client = self.turned_away_during_client.saturating_add(1);
         if self.turned_away.len() >= MAX_TURNED_AWAY {
             let oldest = self.turned_away.remove(0);
-            log_failure(&self.name, ops.remove(Events::empty(oldest.stream())));
+            log_failure(&self.name, ops.remove(Events::empty(&oldest.stream)));
         }
-        let mut turned_away = TurnedAway::new(stream);
+        let mut turned_away = TurnedAway {
+            stream,
+            head: [0; HEADER_LEN],
+            received: 0,
+        };
         if turned_away.is_told() {
             return;
         }
-        match ops.add(Events::new(turned_away.stream(), EventSet::IN)) {
+        match ops.add(Events::new(&turned_away.stream, EventSet::IN)) {
             Ok(()) => self.turned_away.push(turned_away),
             Err(error) => error!(
                 "vfio-user {}: cannot watch a connection: {error}",
@@ -419,7 +415,7 @@ impl Endpoint {
         let Some(index) = self
             .turned_away
             .iter()
-            .position(|t| t.stream().as_raw_fd() == fd)
+            .position(|t| t.stream.as_raw_fd() == fd)
         else {
             return;
         };
@@ -429,7 +425,7 @@ impl Endpoint {
             .is_some_and(TurnedAway::is_told)
         {
             let told = self.turned_away.remove(index);
-            log_failure(&self.name, ops.remove(Events::empty(told.stream())));
+            log_failure(&self.name, ops.remove(Events::empty(&told.stream)));
         }
     }
 }
@@ -482,6 +478,7 @@ impl MutEventSubscriber for Endpoint {
             let events = Events::new(client.stream(), EventSet::IN | out);
             log_failure(&self.name, ops.add(events));
         }
+        self.watch_interrupts(ops);
     }
 }
 
@@ -495,5 +492,35 @@ impl Drop for Endpoint {
 fn log_failure(name: &str, result: Result<(), event_manager::Error>) {
     if let Err(error) = result {
         error!("vfio-user {name}: the event loop refused a descriptor: {error}");
+    }
+}
+
+/// A client that is not served and has to be told.
+struct TurnedAway {
+    stream: UnixStream,
+    head: [u8; HEADER_LEN],
+    received: usize,
+}
+
+impl TurnedAway {
+    /// Goes on telling it; whether that is done, or cannot be.
+    fn is_told(&mut self) -> bool {
+        let room = self.head.get_mut(self.received..).unwrap_or_default();
+        match recv(&self.stream, room, RecvFlags::DONTWAIT) {
+            Ok((_, len @ 1..)) => self.received += len,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return false,
+            Ok(_) | Err(_) => return true,
+        }
+        if self.received < HEADER_LEN {
+            return false;
+        }
+        let reply = Header::decode(&self.head).error_reply(libc::EBUSY).encode();
+        // A fresh socket has room for 16 bytes; a client that has gone needs none.
+        let _ = send(
+            &self.stream,
+            &reply,
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        );
+        true
     }
 }

@@ -31,8 +31,13 @@ pub fn fuzz_session(bytes: &[u8]) {
     let Ok(function) = Inert::new() else {
         return;
     };
-    let mut session = Session::new(Arc::new(function), "fuzz", None, Arc::new(event));
-    session.set_msix(Msix::Mediated);
+    let mut session = Session::new(
+        Arc::new(function),
+        "fuzz",
+        None,
+        Msix::Mediated,
+        Arc::new(event),
+    );
     let mut inbox = Inbox::new();
     let mut outbox = Outbox::new();
     for piece in stream.chunks(usize::from(*piece) + 1) {

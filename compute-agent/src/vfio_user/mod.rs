@@ -22,7 +22,6 @@
 //! connection. Either way the function is put back into its initial state when a client has
 //! gone, and the next one may connect.
 
-mod answer;
 mod connection;
 mod dma;
 mod endpoint;
@@ -39,7 +38,6 @@ pub(crate) mod record;
 mod refusal;
 mod regions;
 mod session;
-mod turned_away;
 
 pub use endpoint::Endpoint;
 pub use fuzz::fuzz_session;

@@ -1,6 +1,5 @@
 //! What the next process needs of a conversation with a VMM: which bytes were received and not
-//! handled, which were answered and not sent, which windows of guest memory are mapped, and what the
-//! MSI-X table says if it is kept here.
+//! handled, which were answered and not sent, and which windows of guest memory are mapped.
 //!
 //! How far the conversation is, is a handful of numbers that change together: they are written beside
 //! the valid ones, and one store makes them the valid ones. A message is handled, its answer
@@ -20,25 +19,25 @@ use crate::guest_memory::MAX_WINDOWS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"farbusS1");
 const VALID_AT: usize = 8;
-const MEDIATED_AT: usize = 16;
 const PROGRESS_AT: usize = 64;
 const PROGRESS_LEN: usize = 128;
 const WINDOWS_AT: usize = 4096;
 const WINDOW_LEN: usize = 32;
-const INBOX_AT: usize = WINDOWS_AT + (MAX_WINDOWS + 1) * WINDOW_LEN;
-const OUTBOX_AT: usize = (INBOX_AT + inbox::CAPACITY).next_multiple_of(4096);
-const VECTORS_AT: usize = (OUTBOX_AT + outbox::CAPACITY).next_multiple_of(4096);
+const VECTORS_AT: usize = WINDOWS_AT + (MAX_WINDOWS + 1) * WINDOW_LEN;
 const VECTOR_LEN: usize = 16;
-const LEN: usize = (VECTORS_AT + MAX_VECTORS as usize * VECTOR_LEN).next_multiple_of(4096);
-
-/// The most vectors that MSI-X has (PCI 3.0 §6.8.2.3).
-const MAX_VECTORS: u16 = 2048;
+/// MSI-X has no more.
+const MAX_VECTORS: usize = 2048;
+const INBOX_AT: usize = VECTORS_AT + MAX_VECTORS * VECTOR_LEN;
+const OUTBOX_AT: usize = (INBOX_AT + inbox::CAPACITY).next_multiple_of(4096);
+const LEN: usize = (OUTBOX_AT + outbox::CAPACITY).next_multiple_of(4096);
 
 /// How far the conversation is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Progress {
     /// The version has been agreed on.
     pub(super) negotiated: bool,
+    /// MSI-X is mediated.
+    pub(super) mediated: bool,
     /// What the inbox holds, and where in the stream that begins.
     pub(super) inbox: (usize, usize, u64),
     /// Bytes that the inbox has and the socket has, too, unless they were taken out meanwhile.
@@ -113,6 +112,7 @@ impl SessionRecord {
         Progress {
             negotiated: flags & 1 != 0,
             writing: flags & 2 != 0,
+            mediated: flags & 4 != 0,
             inbox: (small(a), small(b), c),
             unconsumed: small(d),
             outbox: (small(e), small(f), small(g)),
@@ -124,7 +124,9 @@ impl SessionRecord {
     pub(super) fn set_progress(&self, progress: &Progress) {
         let next = self.load(VALID_AT) + 1;
         let at = PROGRESS_AT + (next % 2) as usize * PROGRESS_LEN;
-        let flags = u64::from(progress.negotiated) | u64::from(progress.writing) << 1;
+        let flags = u64::from(progress.negotiated)
+            | u64::from(progress.writing) << 1
+            | u64::from(progress.mediated) << 2;
         let words = [
             flags,
             progress.inbox.0 as u64,
@@ -183,39 +185,36 @@ impl SessionRecord {
         (0..=MAX_WINDOWS).filter_map(window).collect()
     }
 
-    /// Whether the MSI-X table is kept here.
-    pub(super) fn is_mediated(&self) -> bool {
-        self.load(MEDIATED_AT) != 0
+    fn vector_at(vector: u32) -> usize {
+        VECTORS_AT + (vector as usize).min(MAX_VECTORS - 1) * VECTOR_LEN
     }
 
-    /// The MSI-X table is kept here, or not, and says nothing yet.
-    pub(super) fn set_mediated(&self, mediated: bool) {
-        if mediated || self.is_mediated() {
-            (0..MAX_VECTORS).for_each(|vector| self.set_vector(vector, [0; 2]));
+    /// An entry of a mediated MSI-X table: address, data, whether it is masked.
+    pub(super) fn set_vector(&self, vector: u32, address: u64, data: u32, masked: bool) {
+        let at = Self::vector_at(vector);
+        self.store(at, address);
+        self.store(at + 8, u64::from(data) << 1 | u64::from(!masked));
+    }
+
+    /// As [`Self::set_vector`] had it, or as after a reset.
+    pub(super) fn vector(&self, vector: u32) -> (u64, u32, bool) {
+        let at = Self::vector_at(vector);
+        let data = self.load(at + 8);
+        (self.load(at), (data >> 1) as u32, data & 1 == 0)
+    }
+
+    /// All entries are as after a reset.
+    pub(super) fn clear_vectors(&self) {
+        for vector in 0..MAX_VECTORS as u32 {
+            if self.vector(vector) != (0, 0, true) {
+                self.set_vector(vector, 0, 0, true);
+            }
         }
-        self.store(MEDIATED_AT, mediated.into());
-    }
-
-    fn vector_at(vector: u16) -> usize {
-        VECTORS_AT + usize::from(vector % MAX_VECTORS) * VECTOR_LEN
-    }
-
-    /// What a vector's entry says, all zeros being what it says after a reset.
-    pub(super) fn vector(&self, vector: u16) -> [u64; 2] {
-        let at = Self::vector_at(vector);
-        [self.load(at), self.load(at + 8)]
-    }
-
-    /// An entry of the table has changed.
-    pub(super) fn set_vector(&self, vector: u16, [first, second]: [u64; 2]) {
-        let at = Self::vector_at(vector);
-        self.store(at, first);
-        self.store(at + 8, second);
     }
 
     /// Nobody is connected, and nothing is mapped.
     pub(super) fn clear(&self) {
-        self.set_mediated(false);
+        self.clear_vectors();
         for (place, _) in self.windows() {
             self.clear_window(place);
         }

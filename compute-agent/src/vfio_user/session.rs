@@ -7,13 +7,17 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use farbus_vfio::Function;
-use farbus_vfio::user::body::{DmaTransfer, RegionAccess, WriteMulti, decode_region_write};
+use farbus_vfio::user::body::{
+    DmaTransfer, RegionAccess, Version, WriteMulti, decode_region_write,
+};
 use farbus_vfio::user::caps::Capabilities;
-use farbus_vfio::user::wire::{Command, FLAG_NO_REPLY, Header, MAX_DATA_XFER, MessageType};
+use farbus_vfio::user::wire::{
+    Command, DMA_PAGE, FLAG_NO_REPLY, Header, MAX_DATA_XFER, MAX_MSG_FDS, MessageType,
+    VERSION_MAJOR, VERSION_MINOR,
+};
 use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::answer::{Answer, answer_version};
 use super::inbox::Message;
 use super::irqs::Irqs;
 use super::msix::{Mediator, Message as Interrupt, Watch};
@@ -23,10 +27,20 @@ use super::refusal::{End, Refusal};
 use super::{dma, regions};
 use crate::api::Msix;
 use crate::custody::Custody;
-use crate::guest_memory::GuestMemory;
+use crate::guest_memory::{GuestMemory, MAX_WINDOWS};
 
 /// How many refused commands of a client are logged, one by one.
 const LOGGED_REFUSALS: u32 = 16;
+
+/// What can be done with a client, and what this server tells of itself.
+const CAPABILITIES: Capabilities = Capabilities {
+    max_msg_fds: Some(MAX_MSG_FDS as u64),
+    max_data_xfer_size: Some(MAX_DATA_XFER as u64),
+    max_dma_maps: Some(MAX_WINDOWS as u64),
+    pgsizes: Some(DMA_PAGE),
+    write_multiple: Some(true),
+    migration: false,
+};
 
 /// How far the handling of a message got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,12 +71,12 @@ pub(super) struct Session {
     /// What is wanted of MSI-X, and what keeps it if it is not the client.
     msix: Msix,
     mediator: Option<Mediator>,
-    /// Where a successor finds the table.
-    record: Option<SessionRecord>,
     /// Messages that were sent unasked.
     sent: u16,
     multi: MultiProgress,
     refusals: u32,
+    /// Where a successor finds what it needs, if there is to be one.
+    record: Option<SessionRecord>,
 }
 
 impl Session {
@@ -72,6 +86,7 @@ impl Session {
         function: Arc<dyn Function>,
         socket: &str,
         peer: Option<u32>,
+        msix: Msix,
         lost: Arc<EventFd>,
     ) -> Self {
         let pid = peer.map_or("pid unknown".to_owned(), |pid| format!("pid {pid}"));
@@ -82,33 +97,38 @@ impl Session {
             negotiated: false,
             memory: GuestMemory::new(lost),
             irqs: Irqs::default(),
-            msix: Msix::Auto,
+            msix,
             mediator: None,
-            record: None,
             sent: 0,
             multi: MultiProgress::default(),
             refusals: 0,
+            record: None,
         }
     }
 
-    /// A client that a predecessor was talking to: its memory and its interrupts are given to the
-    /// function again. `first` is the message that the predecessor was perhaps handling.
+    /// The same, with what a successor needs of the client's memory and interrupts in the record and in
+    /// custody.
+    pub(super) fn keep(mut self, record: &SessionRecord, custody: &Custody) -> Self {
+        self.memory = self.memory.keep(record.clone(), custody.clone());
+        self.irqs = Irqs::keep(custody.clone());
+        self.record = Some(record.clone());
+        self
+    }
+
+    /// Takes up what a predecessor was told by the client: its memory and its interrupts are given to
+    /// the function again. `first` is the message that the predecessor was perhaps handling.
     pub(super) fn resume(
-        function: Arc<dyn Function>,
-        socket: &str,
-        peer: Option<u32>,
-        lost: Arc<EventFd>,
-        (record, custody): (&SessionRecord, &Custody),
+        mut self,
+        record: &SessionRecord,
         progress: Progress,
         first: Option<(Header, &[u8])>,
     ) -> Result<Self, Refusal> {
-        let mut session = Self::keep(function, socket, peer, lost, record, custody);
-        session.negotiated = progress.negotiated;
-        (session.multi.seen, session.multi.done) = progress.multi;
+        self.negotiated = progress.negotiated;
+        (self.multi.seen, self.multi.done) = progress.multi;
         let mut windows = record.windows();
         match first.map(|(header, body)| (Command::from_number(header.command), body)) {
             // It is agreed on again, with the same outcome.
-            Some((Some(Command::Version), _)) => session.negotiated = false,
+            Some((Some(Command::Version), _)) => self.negotiated = false,
             Some((Some(Command::DmaMap), body)) => {
                 // It is mapped when the message is handled again.
                 if let Ok((iova, size)) = dma::range_of(body) {
@@ -123,40 +143,26 @@ impl Session {
             }
             _ => {}
         }
-        for window in session.memory.resume(windows, peer)? {
-            session.function.map_dma(&window)?;
+        for window in self.memory.resume(windows, self.peer)? {
+            self.function.map_dma(&window)?;
         }
-        session.irqs.resume(session.function.as_ref())?;
-        if record.is_mediated() {
-            session.mediator = Mediator::resume(session.function.as_ref(), record.clone())?;
+        let function = self.function.as_ref();
+        self.irqs.resume(function)?;
+        if progress.mediated && self.negotiated {
+            self.mediator = Mediator::new(function);
+            if let Some(mediator) = &mut self.mediator {
+                mediator.resume(function, record)?;
+            }
         }
-        info!("vfio-user {}: client taken over", session.name);
-        Ok(session)
-    }
-
-    /// As [`Self::new`], with what a successor needs of the client's memory and interrupts in the
-    /// record and in custody.
-    pub(super) fn keep(
-        function: Arc<dyn Function>,
-        socket: &str,
-        peer: Option<u32>,
-        lost: Arc<EventFd>,
-        record: &SessionRecord,
-        custody: &Custody,
-    ) -> Self {
-        let memory = GuestMemory::keep(lost.clone(), record.clone(), custody.clone());
-        Self {
-            memory,
-            irqs: Irqs::keep(custody.clone()),
-            record: Some(record.clone()),
-            ..Self::new(function, socket, peer, lost)
-        }
+        info!("vfio-user {}: client taken over", self.name);
+        Ok(self)
     }
 
     /// How far the conversation is, as far as only this knows.
     pub(super) fn progress(&self) -> Progress {
         Progress {
             negotiated: self.negotiated,
+            mediated: self.mediator.is_some(),
             multi: (self.multi.seen, self.multi.done),
             ..Progress::default()
         }
@@ -291,12 +297,6 @@ impl Session {
         }
     }
 
-    /// Says what is wanted of MSI-X, if it is not [`Msix::Auto`]; a client that was greeted already
-    /// keeps what it has.
-    pub(super) fn set_msix(&mut self, msix: Msix) {
-        self.msix = msix;
-    }
-
     /// Decides who keeps the MSI-X table: see [`super::msix`].
     fn choose_msix(&mut self, client: &Capabilities) {
         let is_mediated = match self.msix {
@@ -305,7 +305,10 @@ impl Session {
             Msix::Irqfd => false,
         };
         if is_mediated {
-            self.mediator = Mediator::new(self.function.as_ref(), self.record.clone());
+            self.mediator = Mediator::new(self.function.as_ref());
+            if let (Some(mediator), Some(record)) = (&mut self.mediator, &self.record) {
+                mediator.keep(record);
+            }
         }
         let how = match &self.mediator {
             Some(_) => "MSI-X is mediated",
@@ -509,5 +512,57 @@ impl Session {
         }
         self.mediator = None;
         self.negotiated = false;
+    }
+}
+
+/// The reply to a version request, and what the client proposes in it.
+fn answer_version(body: &[u8]) -> Result<(Vec<u8>, Capabilities), Refusal> {
+    let version = Version::decode(body)?;
+    let Version { major, minor } = version;
+    if major != VERSION_MAJOR {
+        return Err(Refusal::Version { major, minor });
+    }
+    let proposed = Capabilities::decode(body.get(Version::LEN..).unwrap_or_default())?;
+    let agreed = Version {
+        major,
+        minor: minor.min(VERSION_MINOR),
+    };
+    let answer = [
+        &agreed.encode()[..],
+        &CAPABILITIES.answer_to(&proposed).encode(),
+    ];
+    Ok((answer.concat(), proposed))
+}
+
+/// The body of a reply with a fixed layout.
+struct Answer {
+    bytes: [u8; Self::MAX],
+    len: usize,
+}
+
+impl Answer {
+    /// The longest one: a region's description.
+    const MAX: usize = 32;
+    const EMPTY: Self = Self {
+        bytes: [0; Self::MAX],
+        len: 0,
+    };
+
+    fn new<const N: usize>(body: &[u8; N]) -> Self {
+        const { assert!(N <= Self::MAX) };
+        let mut answer = Self {
+            bytes: [0; Self::MAX],
+            len: N,
+        };
+        answer
+            .bytes
+            .iter_mut()
+            .zip(body)
+            .for_each(|(to, from)| *to = *from);
+        answer
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
     }
 }

@@ -7,7 +7,6 @@ mod guests;
 mod interrupts;
 mod losses;
 mod refusals;
-mod workers;
 
 use std::time::Duration;
 

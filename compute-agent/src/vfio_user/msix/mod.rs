@@ -25,7 +25,7 @@ use farbus_vfio::{Function, FunctionError, InterruptKind, RegionIndex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub(super) use self::table::Message;
-use self::table::{Control, Table};
+use self::table::{Control, ENTRY_LEN, Table};
 use super::record::SessionRecord;
 
 /// A guest reads configuration space in accesses of at most this many bytes.
@@ -66,54 +66,65 @@ pub(super) struct Mediator {
     events: BTreeMap<u32, Arc<EventFd>>,
     /// Those of them that the endpoint does not know yet.
     fresh: Vec<Watch>,
+    /// Where a successor finds the table, if there is to be one.
+    record: Option<SessionRecord>,
 }
 
 impl Mediator {
     /// `None` if the function has no MSI-X whose table and pending bits lie within its BARs.
-    pub(super) fn new(function: &dyn Function, record: Option<SessionRecord>) -> Option<Self> {
-        Self::around(function, |vectors| Table::new(vectors, record))
-    }
-
-    /// Goes on with what a predecessor has kept in the record.
-    pub(super) fn resume(
-        function: &dyn Function,
-        record: SessionRecord,
-    ) -> Result<Option<Self>, FunctionError> {
-        let mut used = Vec::new();
-        let Some(mut mediator) = Self::around(function, |vectors| {
-            let table;
-            (table, used) = Table::resume(vectors, record);
-            table
-        }) else {
-            return Ok(None);
-        };
-        mediator.follow(function);
-        for vector in used {
-            mediator.listen_to(function, vector)?;
-            mediator.table.fire(vector);
-        }
-        Ok(Some(mediator))
-    }
-
-    fn around(function: &dyn Function, table: impl FnOnce(u16) -> Table) -> Option<Self> {
+    pub(super) fn new(function: &dyn Function) -> Option<Self> {
         let read = |at: u16, data: &mut [u8]| function.config_read(at, data);
         let (capability, layout) = find_msix(read)?;
         let info = function.info();
+        let table = Table::new(layout.vectors);
         let fits = |(region, start): (RegionIndex, u64), len: u64| {
             let has = info.region(region).map_or(0, |region| region.size);
             region < RegionIndex::ROM && start.saturating_add(len) <= has
         };
         let is_sound = u32::from(layout.vectors) <= info.interrupts.msix
-            && fits(layout.table, Table::len_of(layout.vectors))
-            && fits(layout.pba, Table::pending_len_of(layout.vectors));
+            && fits(layout.table, table.len())
+            && fits(layout.pba, table.pending_len());
         is_sound.then(|| Self {
             layout,
             capability,
             express: find_capability(CapabilityId::Express, read),
-            table: table(layout.vectors),
+            table,
             events: BTreeMap::new(),
             fresh: Vec::new(),
+            record: None,
         })
+    }
+
+    /// From now on the table is in the record, too.
+    pub(super) fn keep(&mut self, record: &SessionRecord) {
+        record.clear_vectors();
+        self.record = Some(record.clone());
+    }
+
+    /// Takes up the table of a predecessor. What was pending is raised again by the function.
+    pub(super) fn resume(
+        &mut self,
+        function: &dyn Function,
+        record: &SessionRecord,
+    ) -> Result<(), FunctionError> {
+        self.record = Some(record.clone());
+        for vector in 0..u32::from(self.layout.vectors) {
+            let (address, data, masked) = record.vector(vector);
+            self.table
+                .set_entry(vector, Message { address, data }, masked);
+            if !masked {
+                self.listen_to(function, vector)?;
+            }
+        }
+        self.follow(function);
+        Ok(())
+    }
+
+    fn reset_table(&mut self) {
+        self.table.reset();
+        if let Some(record) = &self.record {
+            record.clear_vectors();
+        }
     }
 
     /// Changes what was read of configuration space from `offset` on, if it is the VMM itself
@@ -141,14 +152,14 @@ impl Mediator {
             .and_then(written)
             .is_some_and(|byte| byte & INITIATE_FLR != 0)
         {
-            self.table.reset();
+            self.reset_table();
         }
         self.follow(function);
     }
 
     /// The function was reset.
     pub(super) fn reset(&mut self, function: &dyn Function) {
-        self.table.reset();
+        self.reset_table();
         self.follow(function);
     }
 
@@ -175,17 +186,14 @@ impl Mediator {
             let end = offset.saturating_add(len as u64);
             place == region && offset >= start && end <= start + size
         };
-        within(self.layout.table, Table::len_of(self.layout.vectors))
-            || within(self.layout.pba, Table::pending_len_of(self.layout.vectors))
+        within(self.layout.table, self.table.len())
+            || within(self.layout.pba, self.table.pending_len())
     }
 
     /// Puts what table and pending bits say into what was read of a region from `offset` on.
     pub(super) fn read(&self, region: RegionIndex, offset: u64, data: &mut [u8]) {
         let (table, pba) = (self.layout.table, self.layout.pba);
-        let ends = (
-            table.1 + Table::len_of(self.layout.vectors),
-            pba.1 + Table::pending_len_of(self.layout.vectors),
-        );
+        let ends = (table.1 + self.table.len(), pba.1 + self.table.pending_len());
         for (at, byte) in (offset..).zip(data) {
             if region == table.0 && (table.1..ends.0).contains(&at) {
                 *byte = self.table.byte(at - table.1);
@@ -205,7 +213,14 @@ impl Mediator {
     ) -> Result<(), FunctionError> {
         let (place, start) = self.layout.table;
         let at = offset.checked_sub(start).filter(|_| place == region);
-        match at.and_then(|at| self.table.write(at, data)) {
+        let unmasked = at.and_then(|at| self.table.write(at, data));
+        if let (Some(at), Some(record)) = (at, &self.record) {
+            let vector = (at / ENTRY_LEN) as u32;
+            if let Some((Message { address, data }, masked)) = self.table.entry(vector) {
+                record.set_vector(vector, address, data, masked);
+            }
+        }
+        match unmasked {
             Some(unmasked) => self.listen_to(function, unmasked),
             None => Ok(()),
         }

@@ -1,10 +1,8 @@
 //! An MSI-X table and its pending bits (PCI Local Bus 3.0 §6.8.2), as the function's own hardware
 //! has them.
 
-use crate::vfio_user::record::SessionRecord;
-
 /// Bytes of an entry.
-const ENTRY_LEN: u64 = 16;
+pub(super) const ENTRY_LEN: u64 = 16;
 
 /// Vector Control, bit 0.
 const MASKED: u32 = 1;
@@ -31,20 +29,6 @@ impl Entry {
         },
         masked: true,
     };
-
-    /// For the record: a masked entry is 0 there if nothing else is in it.
-    fn to_words(self) -> [u64; 2] {
-        let Message { address, data } = self.message;
-        [address, u64::from(data) | u64::from(!self.masked) << 32]
-    }
-
-    fn from_words([address, rest]: [u64; 2]) -> Self {
-        let data = rest as u32;
-        Self {
-            message: Message { address, data },
-            masked: rest >> 32 == 0,
-        }
-    }
 
     fn dword(&self, index: u64) -> u32 {
         match index {
@@ -85,54 +69,31 @@ pub(super) struct Table {
     /// One bit for each vector.
     pending: Vec<u64>,
     control: Control,
-    /// Where a successor of this process finds the entries. It takes every vector that was set up for
-    /// pending: a driver sees one interrupt too many, never one too few.
-    record: Option<SessionRecord>,
 }
 
 impl Table {
-    /// A table as after a reset.
-    pub(super) fn new(vectors: u16, record: Option<SessionRecord>) -> Self {
-        if let Some(record) = &record {
-            record.set_mediated(true);
-        }
-        Self::with_entries(vec![Entry::RESET; vectors.into()], record)
-    }
-
-    /// The table that a predecessor has kept, and the vectors that were set up in it.
-    pub(super) fn resume(vectors: u16, record: SessionRecord) -> (Self, Vec<u32>) {
-        let entry = |vector| Entry::from_words(record.vector(vector));
-        let entries: Vec<_> = (0..vectors).map(entry).collect();
-        let used = (0..).zip(&entries).filter(|(_, e)| **e != Entry::RESET);
-        let used = used.map(|(vector, _)| vector).collect();
-        (Self::with_entries(entries, Some(record)), used)
-    }
-
-    fn with_entries(entries: Vec<Entry>, record: Option<SessionRecord>) -> Self {
+    pub(super) fn new(vectors: u16) -> Self {
+        let vectors = usize::from(vectors);
         Self {
-            pending: vec![0; entries.len().div_ceil(64)],
-            entries,
+            entries: vec![Entry::RESET; vectors],
+            pending: vec![0; vectors.div_ceil(64)],
             control: Control::default(),
-            record,
         }
     }
 
-    /// Bytes that the entries of so many vectors have.
-    pub(super) fn len_of(vectors: u16) -> u64 {
-        u64::from(vectors) * ENTRY_LEN
+    /// Bytes that the entries have.
+    pub(super) fn len(&self) -> u64 {
+        self.entries.len() as u64 * ENTRY_LEN
     }
 
-    /// Bytes that their pending bits have: whole quadwords.
-    pub(super) fn pending_len_of(vectors: u16) -> u64 {
-        u64::from(vectors).div_ceil(64) * 8
+    /// Bytes that the pending bits have: whole quadwords.
+    pub(super) fn pending_len(&self) -> u64 {
+        self.pending.len() as u64 * 8
     }
 
     /// As a reset of the function does.
     pub(super) fn reset(&mut self) {
         self.entries.fill(Entry::RESET);
-        if let Some(record) = &self.record {
-            record.set_mediated(true);
-        }
         self.pending.fill(0);
         self.control = Control::default();
     }
@@ -182,6 +143,19 @@ impl Table {
         None
     }
 
+    /// An entry: what it sends, and whether it is masked.
+    pub(super) fn entry(&self, vector: u32) -> Option<(Message, bool)> {
+        let entry = self.entries.get(vector as usize)?;
+        Some((entry.message, entry.masked))
+    }
+
+    /// As [`Self::entry`] had it.
+    pub(super) fn set_entry(&mut self, vector: u32, message: Message, masked: bool) {
+        if let Some(entry) = self.entries.get_mut(vector as usize) {
+            *entry = Entry { message, masked };
+        }
+    }
+
     /// One byte of the table.
     pub(super) fn byte(&self, offset: u64) -> u8 {
         let entry = self.entries.get((offset / ENTRY_LEN) as usize);
@@ -212,9 +186,6 @@ impl Table {
             };
             let was_masked = entry.masked;
             entry.set_dword(at % ENTRY_LEN / 4, u32::from_le_bytes(dword));
-            if let Some(record) = &self.record {
-                record.set_vector(vector as u16, entry.to_words());
-            }
             if was_masked && !entry.masked {
                 unmasked = Some(vector as u32);
             }
@@ -242,7 +213,7 @@ mod tests {
 
     /// A table in which vector 1 is set up, and everything is on.
     fn table() -> Table {
-        let mut table = Table::new(70, None);
+        let mut table = Table::new(70);
         table.set_control(ON);
         table.write(16, &0xfee0_1000_u64.to_le_bytes());
         table.write(24, &0x41_u64.to_le_bytes());
@@ -360,21 +331,13 @@ mod tests {
         assert!((0..16).all(|at| table.pending_byte(at) == 0));
     }
 
-    #[test]
-    fn entries_survive_in_the_record() {
-        for words in [[0, 0], [0xfee0_1000, 0x41], [0xfee0_1000, 1 << 32 | 0x41]] {
-            assert_eq!(Entry::from_words(words).to_words(), words);
-        }
-        assert_eq!(Entry::RESET.to_words(), [0, 0]);
-    }
-
     proptest! {
         /// However the guest masks and unmasks: every vector that fired is pending, or was sent.
         #[test]
         fn nothing_that_fires_is_lost_or_sent_twice(
             steps in proptest::collection::vec((0u32..70, 0u8..3), 0..200),
         ) {
-            let mut table = Table::new(70, None);
+            let mut table = Table::new(70);
             table.set_control(ON);
             for vector in 0..70u64 {
                 table.write(vector * 16, &(0xfee0_0000 + vector * 4).to_le_bytes());
