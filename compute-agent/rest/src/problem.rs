@@ -36,6 +36,13 @@ impl Problem {
         }
     }
 
+    /// A fault of the daemon's own.
+    pub fn internal(detail: impl Into<String>) -> Self {
+        let status = StatusCode::INTERNAL_SERVER_ERROR;
+        Self::new(status, "internal", "The daemon has failed", detail)
+            .with_remedy("the daemon's log has more; repeat the request")
+    }
+
     /// The same, with what helps.
     #[must_use]
     pub fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
