@@ -7,9 +7,10 @@ mod specs;
 mod table;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use farbus_vfio::sysfs::Host;
 use log::{LevelFilter, error};
 
@@ -48,6 +49,12 @@ enum Command {
     /// Looks for what keeps this host from exporting PCI functions, and says what helps.
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", doctor::NOTES))]
     Doctor(DoctorArgs),
+    /// Writes the manual pages of its package.
+    #[command(hide = true)]
+    Man {
+        /// Where to; the directory exists.
+        directory: PathBuf,
+    },
 }
 
 /// A failure with the exit code that tells of it.
@@ -90,6 +97,10 @@ impl Cli {
             Command::Export(args) => export::run(args, host, out),
             Command::List(args) => list::run(args, host, out),
             Command::Doctor(args) => doctor::run(args, host, out),
+            Command::Man { directory } => {
+                clap_mangen::generate_to(Self::command(), directory).map_err(failure(1))?;
+                Ok(0)
+            }
         }
     }
 }
