@@ -13,11 +13,15 @@ use farbus_fabric::FabricError;
 use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::ExportName;
+use farbus_rest::logging::LogFormat;
 use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
 use log::{LevelFilter, debug, error, info};
 
+use crate::api::Msix;
+use crate::daemon;
+use crate::daemon::cli::{SERVE_HELP, ServeArgs};
 use crate::reconnect::{MIN_PAUSE, Source};
 use crate::vfio_user::Endpoint;
 use crate::vhost_user;
@@ -43,6 +47,9 @@ pub struct Cli {
     /// What to log to standard error: off, error, warn, info, debug or trace.
     #[arg(long, global = true, default_value = "info", value_name = "LEVEL")]
     pub log_level: LevelFilter,
+    /// How log lines look: text, or json for an object a line.
+    #[arg(long, global = true, default_value_t, value_name = "FORMAT", value_parser = log_format_parser())]
+    pub log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
 }
@@ -60,6 +67,17 @@ memory must be shared (memory-backend-memfd with share=on).
 
 {EXIT_CODES}"))]
     Attach(AttachArgs),
+    /// Gives devices to the VMs of this host, by REST: the agent as a service, until SIGTERM.
+    #[command(after_help = SERVE_HELP)]
+    Serve(ServeArgs),
+    /// Prints the OpenAPI description of the REST interface.
+    #[command(after_help = "\
+Example:
+  farbus-compute-agent openapi > docs/openapi/agent.json
+
+Exit codes:
+  0  printed")]
+    Openapi,
     /// Says whether this host can use RDMA, and what helps where it cannot.
     #[command(after_help = "\
 Example:
@@ -85,6 +103,11 @@ struct AttachArgs {
     /// it does not exist.
     #[arg(long, value_name = "PATH", group = "endpoint", required_unless_present_any = ["vhost_user_blk", "fd"])]
     vfio_user: Option<PathBuf>,
+    /// With --vfio-user, who keeps the MSI-X table: this agent (mediated) or the VMM (irqfd). auto is
+    /// mediated towards QEMU, which otherwise aborts when the device is unplugged, by a guest too, and
+    /// irqfd towards others.
+    #[arg(long, value_enum, value_name = "WHO", default_value_t = Msix::Auto, requires = "vfio_user")]
+    msix: Msix,
     #[command(flatten)]
     vhost_user: VhostUserArgs,
     /// What carries the data: auto (RDMA if both sides have a device and a path between them, else
@@ -110,13 +133,20 @@ struct AttachArgs {
     /// while that pays; always never sleeps; never sleeps at once.
     #[arg(long, value_name = "POLICY", default_value_t, value_parser = poll_parser())]
     poll: Polling,
-    /// Print the ready line as a JSON object.
+    /// Print the ready line as a JSON object; a failure before that, too.
     #[arg(long)]
     json: bool,
+    /// The attachment that this is the worker of.
+    #[arg(long, value_name = "ID", hide = true)]
+    id: Option<String>,
 }
 
 fn parse_export_name(name: &str) -> Result<ExportName, String> {
     ExportName::new(name).map_err(|error| error.to_string())
+}
+
+fn log_format_parser() -> impl TypedValueParser<Value = LogFormat> {
+    PossibleValuesParser::new(LogFormat::NAMES).try_map(|name| name.parse())
 }
 
 fn poll_parser() -> impl TypedValueParser<Value = Polling> {
@@ -125,6 +155,14 @@ fn poll_parser() -> impl TypedValueParser<Value = Polling> {
 
 /// A failure with the exit code that tells of it.
 struct Failure(u8, anyhow::Error);
+
+impl Failure {
+    /// Whether somebody else has what is wanted, so that another one may do.
+    fn is_busy(&self) -> bool {
+        let mut causes = self.1.chain();
+        causes.any(|cause| cause.downcast_ref().is_some_and(FabricError::is_busy))
+    }
+}
 
 impl Cli {
     /// Parses the command line of this process. Where it asks what this vhost-user backend can do,
@@ -137,10 +175,22 @@ impl Cli {
         Ok(Self::parse())
     }
 
+    /// The attachment that this process is the worker of, if it is one's.
+    pub fn attachment(&self) -> Option<&str> {
+        match &self.command {
+            Command::Attach(args) => args.id.as_deref(),
+            _ => None,
+        }
+    }
+
     /// Runs the command to its end.
     pub fn run(self) -> ExitCode {
         let done = match &self.command {
-            Command::Attach(args) => attach(args),
+            Command::Attach(args) => attach(args).inspect_err(|failure| refuse(args, failure)),
+            Command::Serve(args) => args
+                .run(self.log_level, self.log_format)
+                .map_err(|(code, error)| Failure(code, error)),
+            Command::Openapi => daemon::cli::openapi().map_err(|error| Failure(1, error.into())),
             Command::Doctor => doctor().map_err(|error| Failure(1, error.into())),
         };
         match done {
@@ -202,7 +252,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
     };
     let function: Arc<dyn Function> = remote.clone();
     let endpoint = make_directory(path)
-        .and_then(|()| Ok(Endpoint::bind(path, function)?))
+        .and_then(|()| Ok(Endpoint::bind(path, function)?.with_msix(args.msix)))
         .with_context(|| not_offered(path))
         .map_err(|error| Failure(4, error))?;
     serve(args, endpoint, remote, source).map_err(|error| Failure(1, error))
@@ -282,6 +332,16 @@ fn make_directory(socket: &Path) -> anyhow::Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => std::fs::create_dir_all(parent)
             .with_context(|| format!("the directory {} cannot be made", parent.display())),
         _ => Ok(()),
+    }
+}
+
+/// Tells a program that has asked for JSON why there will be no ready line.
+fn refuse(args: &AttachArgs, failure: &Failure) {
+    if args.json {
+        let error = format!("{:#}", failure.1);
+        let line = serde_json::json!({"ready": false, "error": error, "busy": failure.is_busy()});
+        // Whoever does not listen finds it in the log.
+        let _ = writeln!(io::stdout(), "{line}");
     }
 }
 

@@ -3,16 +3,23 @@
 //!
 //! - [`api`]: the JSON of the REST interface.
 //! - [`cli`]: the command line.
+//! - [`daemon`]: the agent as a service.
+//! - [`hotplug`]: what plugs an endpoint into a running VM.
 //! - [`worker`]: one attachment's event loop, which joins the endpoint and the link.
 //! - [`reconnect`]: how a lost link is replaced.
 //! - [`upkeep`]: what an event loop does to keep its link.
 //! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
+//! - [`hotplug`]: what plugs an endpoint into a running VM.
+//! - [`custody`]: how an attachment outlives the process that carries it.
 //! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
 #![deny(unsafe_code)]
 
 pub mod api;
 pub mod cli;
+pub mod custody;
+pub mod daemon;
 pub mod guest_memory;
+pub mod hotplug;
 pub mod reconnect;
 pub mod upkeep;
 pub mod vfio_user;

@@ -11,9 +11,6 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
-    env_logger::Builder::new()
-        .filter_level(cli.log_level)
-        .format_target(false)
-        .init();
+    farbus_rest::logging::init(cli.log_level, cli.log_format, cli.attachment());
     cli.run()
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farbus_fabric::wire::{FaultCode, Message};
@@ -12,6 +13,8 @@ use farbus_shadow_mem::session::Session;
 use farbus_vfio::Notice;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::exports::{Counts, Tally};
 
 /// Silence after which the claimant is taken for dead. A live one says something every second.
 const SILENCE: Duration = Duration::from_secs(5);
@@ -25,8 +28,9 @@ const LOOKS_PER_WAIT: u32 = 16;
 const LINK: u64 = 0;
 const INTERRUPT: u64 = 1;
 const STOP: u64 = 2;
+const EVICT: u64 = 3;
 /// The first of the function's notices.
-const NOTICE: u64 = 3;
+const NOTICE: u64 = 4;
 
 /// How long the claimant's network may take for the news that the function is gone. A host
 /// that unplugs it waits meanwhile.
@@ -39,6 +43,8 @@ pub enum Ended {
     Released,
     /// This process ends.
     Stopped,
+    /// An operator wants the export back.
+    Evicted,
     /// The function is gone, for this reason; the claimant was told.
     Failed(String),
     /// The claimant is gone or broke the protocol.
@@ -60,11 +66,19 @@ pub struct Attachment {
     more: bool,
     waiter: Waiter,
     looks: u32,
+    tally: Arc<Tally>,
+    /// What the tally has already.
+    counted: Counts,
 }
 
 impl Attachment {
     /// From the two ends that it joins, and how to wait for either.
-    pub fn new(mut half: DeviceHalf, session: Session, polling: Polling) -> Self {
+    pub fn new(
+        mut half: DeviceHalf,
+        session: Session,
+        polling: Polling,
+        tally: Arc<Tally>,
+    ) -> Self {
         if polling == Polling::Always {
             half.look_at_queues();
         }
@@ -80,12 +94,16 @@ impl Attachment {
             more: false,
             waiter: Waiter::new(polling),
             looks: 0,
+            tally,
+            counted: Counts::default(),
         }
     }
 
-    /// Runs until the claim ends, or `stop` is readable.
-    pub fn run(&mut self, stop: &EventFd) -> Ended {
-        match self.serve(stop) {
+    /// Runs until the claim ends, or `stop` or `evict` is readable.
+    pub fn run(&mut self, stop: &EventFd, evict: &EventFd) -> Ended {
+        let served = self.serve(stop, evict);
+        self.count();
+        match served {
             Ok(ended) => ended,
             Err(FabricError::Closed) => Ended::Released,
             Err(error) => Ended::Lost(error),
@@ -97,7 +115,7 @@ impl Attachment {
         self.half
     }
 
-    fn serve(&mut self, stop: &EventFd) -> Result<Ended, FabricError> {
+    fn serve(&mut self, stop: &EventFd, evict: &EventFd) -> Result<Ended, FabricError> {
         let what = |what| move |source| FabricError::Io { what, source };
         let link = self.session.descriptor().as_raw_fd();
         let epoll = Epoll::new().map_err(what("creating an epoll instance"))?;
@@ -107,6 +125,7 @@ impl Attachment {
             (link, LINK, EventSet::IN),
             (self.half.interrupt().as_raw_fd(), INTERRUPT, signalled),
             (stop.as_raw_fd(), STOP, EventSet::IN),
+            (evict.as_raw_fd(), EVICT, EventSet::IN),
         ] {
             watch(&epoll, ControlOperation::Add, fd, id, events)
                 .map_err(what("watching a descriptor"))?;
@@ -149,6 +168,7 @@ impl Attachment {
                     // What it has completed is found in its queues.
                     INTERRUPT => {}
                     STOP => return Ok(Ended::Stopped),
+                    EVICT => return Ok(Ended::Evicted),
                     notice => {
                         let index = (notice - NOTICE) as usize;
                         self.noticed(notices.get(index).copied());
@@ -173,6 +193,18 @@ impl Attachment {
             self.waiter.found();
         }
         Ok(self.more && !self.half.is_backlogged())
+    }
+
+    /// Adds to the tally what was done since the last time.
+    fn count(&mut self) {
+        let counters = self.session.counters();
+        let now = Counts {
+            commands: self.half.commands(),
+            bytes_received: counters.bytes_received,
+            bytes_sent: counters.bytes_sent,
+        };
+        self.tally.add(self.counted, now);
+        self.counted = now;
     }
 
     /// Rises with every byte that moves.
@@ -280,6 +312,7 @@ impl Attachment {
         }
         if now >= self.spoke + SIGN_OF_LIFE {
             self.spoke = now;
+            self.count();
             let sent = self.session.counters().bytes_sent;
             // A claimant that is sending something large over a slow network waits for none.
             if sent == self.sent && !self.session.is_congested() {

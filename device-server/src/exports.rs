@@ -1,16 +1,39 @@
 //! What is exported, in what state it is, and who has claimed it.
 
+mod known;
+mod list;
+mod tally;
+
 use std::fmt;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use farbus_fabric::wire::{Epoch, ExportName};
-use farbus_shadow_mem::nvme::device::Settings;
+use farbus_fabric::wire::{Epoch, ExportName, ListedState};
+use farbus_shadow_mem::nvme::device::{DeviceHalf, Settings};
 use farbus_vfio::{Function, Notice};
 use log::{info, warn};
+use tokio::sync::watch;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+pub use self::known::{Known, ask, state_name};
+pub use self::list::{Exports, StillClaimed};
+pub use self::tally::{Counts, Refused, Tally};
+
+/// How long a claim waits for the end of the former one, of which there is no sign yet: that the
+/// claimant has gone may be on its way.
+const NO_SIGN: Duration = Duration::from_millis(200);
+/// How long a claim waits for the former one that is being ended: longer than a reset takes, and
+/// shorter than a claimant is patient.
+const BEING_ENDED: Duration = Duration::from_secs(3);
+/// How long a claimant that was evicted does not get the export again. Its agent asks at once, and
+/// somebody else is to have it.
+const EVICTED: Duration = Duration::from_secs(30);
+
+/// Tells of changes.
+type News = Arc<watch::Sender<()>>;
 
 /// Opens an export's function anew, after it was gone.
 pub type Reopen = Box<dyn Fn() -> Result<Arc<dyn Function>, Unopened> + Send + Sync>;
@@ -22,14 +45,27 @@ pub struct Export {
     name: ExportName,
     reopen: Option<Reopen>,
     state: Mutex<Inner>,
+    /// A claim has ended, or is being ended.
+    ended: Condvar,
     /// Where notices of a function that nobody has claimed are waited for, and their id there.
     watch: OnceLock<(Arc<Epoll>, u64)>,
+    /// Its place among all that ever were on the list, and who is to know of changes.
+    entered: OnceLock<(u64, News)>,
+    tally: Arc<Tally>,
 }
 
 struct Inner {
     last_epoch: Epoch,
-    /// Who has it now, as it names itself.
-    holder: Option<String>,
+    /// Who has it now.
+    holder: Option<Holder>,
+    /// Who was evicted, and when.
+    evicted: Option<(String, Instant)>,
+    /// Why there are no new claims.
+    retired: Option<String>,
+    /// What is known of the function.
+    known: Known,
+    /// Why the function cannot be used, although it is there.
+    unusable: Option<String>,
     /// The function, or why there is none.
     function: Result<Arc<dyn Function>, String>,
     /// How its function was set before the first tenant.
@@ -38,6 +74,41 @@ struct Inner {
     closing: u32,
     /// Nothing is opened any more.
     ended: bool,
+}
+
+/// Who has an export.
+struct Holder {
+    /// As it names itself, and where it is.
+    name: String,
+    since: SystemTime,
+    /// Ends the claim when it is signalled.
+    evict: Arc<EventFd>,
+    /// The claim is being brought to its end.
+    ending: bool,
+}
+
+/// A claim, for operators.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClaimStatus {
+    /// Who has the export, as it names itself, and where it is.
+    pub holder: String,
+    /// The claim's epoch.
+    pub epoch: Epoch,
+    /// Since when.
+    pub since: SystemTime,
+}
+
+/// All that operators and peers may know of an export.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Whether it can be had.
+    pub state: ListedState,
+    /// The claim, if there is one.
+    pub claim: Option<ClaimStatus>,
+    /// Why it cannot be had.
+    pub why: Option<String>,
+    /// What is known of the function.
+    pub known: Known,
 }
 
 /// What an export is fit for.
@@ -73,6 +144,24 @@ impl fmt::Display for State {
 pub struct Claim {
     export: Arc<Export>,
     epoch: Epoch,
+    evict: Arc<EventFd>,
+}
+
+impl Inner {
+    /// Why this claimant does not get the export, although others would.
+    fn keeps_out(&self, claimant: &str) -> Option<String> {
+        let (host, when) = self.evicted.as_ref()?;
+        let left = EVICTED.checked_sub(when.elapsed())?;
+        (host == host_of(claimant)).then(|| {
+            let seconds = left.as_secs() + 1;
+            format!("this side was evicted, and can claim it again in {seconds} s")
+        })
+    }
+}
+
+/// A claimant without its port, which changes with each connection.
+fn host_of(claimant: &str) -> &str {
+    claimant.rsplit_once(':').map_or(claimant, |(host, _)| host)
 }
 
 /// Why an export could not be claimed.
@@ -90,6 +179,14 @@ pub enum ClaimError {
         /// That claim's epoch.
         epoch: Epoch,
     },
+    /// It takes no new claims.
+    #[error("export {export} takes no new claims: {why}")]
+    Retired {
+        /// The export.
+        export: String,
+        /// Why not.
+        why: String,
+    },
     /// Its function is gone, and not back.
     #[error("export {export} has failed: {why}; it can be claimed once the device is back")]
     Failed {
@@ -103,19 +200,48 @@ pub enum ClaimError {
 impl Export {
     /// An export that nobody has claimed. A function that is gone stays so.
     pub fn new(name: ExportName, function: Arc<dyn Function>) -> Self {
+        let mut known = Known::default();
+        known.read(function.as_ref());
+        Self::of(name, Ok(function), known)
+    }
+
+    fn of(name: ExportName, function: Result<Arc<dyn Function>, String>, known: Known) -> Self {
         Self {
             name,
             reopen: None,
             state: Mutex::new(Inner {
                 last_epoch: Epoch(0),
                 holder: None,
-                function: Ok(function),
+                evicted: None,
+                retired: None,
+                known,
+                unusable: None,
+                function,
                 settings: None,
                 closing: 0,
                 ended: false,
             }),
+            ended: Condvar::new(),
             watch: OnceLock::new(),
+            entered: OnceLock::new(),
+            tally: Arc::default(),
         }
+    }
+
+    /// An export that has no function yet, for a reason. If it can be opened, the next claim
+    /// tries that.
+    pub fn failed(name: ExportName, why: String, reopen: Option<Reopen>) -> Self {
+        Self {
+            reopen,
+            ..Self::of(name, Err(why), Known::default())
+        }
+    }
+
+    /// The same, near to a NUMA node of this host.
+    #[must_use]
+    pub fn near_to(self, numa_node: Option<u16>) -> Self {
+        self.lock().known.numa_node = numa_node;
+        self
     }
 
     /// As [`Self::new`], of a function that can be opened again when it is back.
@@ -138,9 +264,99 @@ impl Export {
             (Err(why), _) => State::Failed { why: why.clone() },
             (Ok(_), None) => State::Ready,
             (Ok(_), Some(holder)) => State::Claimed {
-                holder: holder.clone(),
+                holder: holder.name.clone(),
                 epoch: inner.last_epoch,
             },
+        }
+    }
+
+    /// All that is to be known of it; `draining` if no export is given to anybody.
+    pub fn status(&self, draining: bool) -> Status {
+        let inner = self.lock();
+        let claim = inner.holder.as_ref().map(|holder| ClaimStatus {
+            holder: holder.name.clone(),
+            epoch: inner.last_epoch,
+            since: holder.since,
+        });
+        let failed = match (&inner.function, &inner.unusable) {
+            (Err(why), _) | (Ok(_), Some(why)) => Some(why),
+            (Ok(_), None) => None,
+        };
+        let retired = inner.retired.clone();
+        let retired = retired.or_else(|| draining.then(|| "the device server drains".to_owned()));
+        let (state, why) = match (failed, retired, &claim) {
+            (Some(why), ..) => (ListedState::Failed, Some(why.clone())),
+            (None, Some(why), _) => (ListedState::Draining, Some(why)),
+            (None, None, Some(_)) => (ListedState::Claimed, None),
+            (None, None, None) => (ListedState::Free, None),
+        };
+        Status {
+            state,
+            claim,
+            why,
+            known: inner.known.clone(),
+        }
+    }
+
+    /// Whether somebody has it.
+    pub fn is_claimed(&self) -> bool {
+        self.lock().holder.is_some()
+    }
+
+    /// What has come of its claims.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    /// Takes no new claims from now on, for a reason. Who has it keeps it.
+    pub fn retire(&self, why: &str) {
+        self.lock().retired = Some(why.to_owned());
+        self.tell();
+    }
+
+    /// Takes new claims again.
+    pub fn reinstate(&self) {
+        self.lock().retired = None;
+        self.tell();
+    }
+
+    /// Takes the export from who has it, and keeps that side from getting it again for a moment.
+    /// Returns who that was.
+    pub fn evict(&self) -> Option<ClaimStatus> {
+        let claim = self.status(false).claim?;
+        let mut inner = self.lock();
+        let holder = inner.holder.as_mut()?;
+        // The counter of an eventfd is never full of ones.
+        let _ = holder.evict.write(1);
+        let name = holder.name.clone();
+        inner.evicted = Some((host_of(&name).to_owned(), Instant::now()));
+        Some(claim)
+    }
+
+    /// Is on the list now.
+    fn enter(&self, number: u64, news: News) {
+        let _ = self.entered.set((number, news));
+    }
+
+    fn number(&self) -> u64 {
+        self.entered.get().map_or(u64::MAX, |(number, _)| *number)
+    }
+
+    /// Something has changed.
+    fn tell(&self) {
+        if let Some((_, news)) = self.entered.get() {
+            news.send_replace(());
+        }
+    }
+
+    /// Has notices told under this id from now on.
+    fn listen(&self, epoll: &Arc<Epoll>, id: u64) {
+        if self.watch.set((epoll.clone(), id)).is_err() {
+            return;
+        }
+        let function = self.lock().function.clone();
+        if let Ok(function) = function {
+            self.watch(&function);
         }
     }
 
@@ -156,8 +372,15 @@ impl Export {
         self: &Arc<Self>,
         claimant: &str,
     ) -> Result<(Claim, Arc<dyn Function>), ClaimError> {
-        let mut inner = self.lock();
+        let mut inner = self.wait_for_the_former();
         let export = || self.name.as_str().to_owned();
+        let retired = inner.retired.clone();
+        if let Some(why) = retired.or_else(|| inner.keeps_out(claimant)) {
+            return Err(ClaimError::Retired {
+                export: export(),
+                why,
+            });
+        }
         match (&inner.holder, &inner.function) {
             // It is being closed, or opened again, or was for the last time.
             (_, Err(why)) if inner.holder.is_some() || inner.closing > 0 || inner.ended => {
@@ -170,19 +393,31 @@ impl Export {
             (Some(holder), Ok(_)) => {
                 return Err(ClaimError::Busy {
                     export: export(),
-                    holder: holder.clone(),
+                    holder: holder.name.clone(),
                     epoch: inner.last_epoch,
                 });
             }
         }
+        let evict = EventFd::new(EFD_NONBLOCK).map_err(|error| ClaimError::Failed {
+            export: export(),
+            why: format!("an eventfd cannot be had: {error}"),
+        })?;
+        let evict = Arc::new(evict);
         let epoch = Epoch(clock_epoch().max(inner.last_epoch.0 + 1));
         inner.last_epoch = epoch;
-        inner.holder = Some(claimant.into());
+        inner.holder = Some(Holder {
+            name: claimant.into(),
+            since: SystemTime::now(),
+            evict: evict.clone(),
+            ending: false,
+        });
         let function = inner.function.clone();
         drop(inner);
+        self.tell();
         let claim = Claim {
             export: self.clone(),
             epoch,
+            evict,
         };
         let function = match function {
             Ok(function) => function,
@@ -192,6 +427,22 @@ impl Export {
             })?,
         };
         Ok((claim, function))
+    }
+
+    /// Waits for the end of a claim that is being ended, or is about to be.
+    fn wait_for_the_former(&self) -> MutexGuard<'_, Inner> {
+        let begun = Instant::now();
+        let mut inner = self.lock();
+        while let (Some(holder), Ok(_)) = (&inner.holder, &inner.function) {
+            let patience = if holder.ending { BEING_ENDED } else { NO_SIGN };
+            let left = patience.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.ended.wait_timeout(inner, left);
+            inner = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        inner
     }
 
     /// Opens the function again, which was gone for the reason `why`.
@@ -204,6 +455,8 @@ impl Export {
                 info!("{}: {} is back", self.name.as_str(), function.info().label);
                 let mut inner = self.lock();
                 inner.function = Ok(function.clone());
+                inner.known.read(function.as_ref());
+                inner.known.identity = None;
                 // It may be another device, and has had no power meanwhile.
                 inner.settings = None;
                 drop(inner);
@@ -236,10 +489,12 @@ impl Export {
         let function = std::mem::replace(&mut inner.function, Err(why.into())).ok()?;
         inner.closing += 1;
         drop(inner);
+        self.tell();
         let export = self.clone();
         let close = move || {
             drop(function);
             export.lock().closing -= 1;
+            export.tell();
         };
         let closing = thread::Builder::new().name("closing".into()).spawn(close);
         match closing {
@@ -251,6 +506,19 @@ impl Export {
                 None
             }
         }
+    }
+
+    /// Rules out any further claim, unless there is one now.
+    fn end_unless_claimed(&self) -> bool {
+        let mut inner = self.lock();
+        let free = inner.holder.is_none();
+        if free {
+            inner.ended = true;
+            inner
+                .retired
+                .get_or_insert_with(|| "it is exported no longer".to_owned());
+        }
+        free
     }
 
     /// Lets go of the function for good.
@@ -317,14 +585,37 @@ impl Claim {
         self.export.lock().settings.clone()
     }
 
-    /// Remembers how the function was set before its first tenant.
-    pub fn remember(&self, settings: &Settings) {
-        self.export.lock().settings = Some(settings.clone());
+    /// Remembers which drive it is, and how the function was set before its first tenant.
+    pub fn remember(&self, half: &DeviceHalf) {
+        self.export.learn(half);
+    }
+
+    /// The function cannot be used, although it is there.
+    pub fn is_unusable(&self, why: &str) {
+        self.export.lock().unusable = Some(why.to_owned());
+    }
+
+    /// Is readable once the claim is to end.
+    pub fn evict(&self) -> &EventFd {
+        &self.evict
+    }
+
+    /// The claim is being brought to its end: whoever claims the export next may wait for that.
+    pub fn ending(&self) {
+        if let Some(holder) = &mut self.export.lock().holder {
+            holder.ending = true;
+        }
+        self.export.ended.notify_all();
     }
 
     /// What is claimed.
-    pub fn export(&self) -> &Export {
+    pub fn export(&self) -> &Arc<Export> {
         &self.export
+    }
+
+    /// Where to count what comes of it.
+    pub fn tally(&self) -> &Arc<Tally> {
+        &self.export.tally
     }
 
     /// The function is gone. Whoever drives it drops it next, and the claim after that.
@@ -336,53 +627,9 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         self.export.lock().holder = None;
+        self.export.ended.notify_all();
+        self.export.tell();
         // What was signalled since the claimant has last looked.
         self.export.look_after();
-    }
-}
-
-/// All exports of a device server, by name.
-#[derive(Clone)]
-pub struct Exports(Arc<[Arc<Export>]>);
-
-impl Exports {
-    /// From a list whose names differ.
-    pub fn new(exports: Vec<Export>) -> Self {
-        Self(exports.into_iter().map(Arc::new).collect())
-    }
-
-    /// The export of this name.
-    pub fn find(&self, name: &ExportName) -> Option<&Arc<Export>> {
-        self.0.iter().find(|export| export.name() == name)
-    }
-
-    /// The names, in the order of the list.
-    pub fn names(&self) -> Vec<String> {
-        let names = self.0.iter().map(|export| export.name().as_str());
-        names.map(Into::into).collect()
-    }
-
-    /// Lets go of all functions, for good. The threads that close them are returned.
-    pub fn end(&self) -> Vec<JoinHandle<()>> {
-        self.0.iter().filter_map(Export::end).collect()
-    }
-
-    /// From now on `epoll` tells when a function gives a notice; each such event's id is
-    /// `first` or higher, and for [`Self::look_after`].
-    pub fn watch(&self, epoll: &Arc<Epoll>, first: u64) {
-        for (id, export) in (first..).zip(self.0.iter()) {
-            let _ = export.watch.set((epoll.clone(), id));
-            let function = export.lock().function.clone();
-            if let Ok(function) = function {
-                export.watch(&function);
-            }
-        }
-    }
-
-    /// Acts on a notice of the function of the export with this place in the list.
-    pub fn look_after(&self, index: u64) {
-        if let Some(export) = self.0.get(index as usize) {
-            export.look_after();
-        }
     }
 }

@@ -9,6 +9,7 @@
 
 pub mod attachment;
 pub mod cli;
+pub mod config;
 pub mod doctor;
 pub mod exports;
 pub mod manager;

@@ -37,6 +37,10 @@ const ENDING_STEP: Duration = Duration::from_millis(5);
 /// Connections at a time, claimed or not. More are closed at once.
 const MAX_CONNECTIONS: usize = 256;
 
+/// Questions of one connection for what there is: the answers to so many name more exports than
+/// a host can have.
+const MAX_QUESTIONS: u32 = 2048;
+
 const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
 /// Where the ids of the exports' notices begin.
@@ -143,6 +147,7 @@ impl Manager {
         if count.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
             count.fetch_sub(1, Ordering::Relaxed);
             let reason = format!("there are {MAX_CONNECTIONS} already");
+            self.exports.refused().count("too_many_connections");
             if let Some(left_out) = self.refusals.note(Instant::now(), peer.ip(), None, &reason) {
                 warn!("closed the connection of {peer}: {reason}{left_out}");
             }
@@ -164,6 +169,7 @@ impl Manager {
             };
             if let Err(error) = serve(stream, peer, &exports, &refusals, &common, &claims) {
                 let error = format!("{:#}", anyhow::Error::new(error));
+                exports.refused().count("broken_connection");
                 if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), None, &error) {
                     warn!("{peer}: {error}{left_out}");
                 }
@@ -198,10 +204,13 @@ fn serve(
 ) -> Result<(), FabricError> {
     let label = concat!("farbus-device-server ", env!("CARGO_PKG_VERSION"));
     let incoming = Incoming::handshake(stream, label, SETUP_DEADLINE)?;
-    let Request::Claim(request) = incoming.next_request()?;
+    let Some(request) = answer_until_claim(incoming, exports)? else {
+        return Ok(());
+    };
     let claimant = format!("{} at {peer}", request.peer());
     let name = request.export().as_str().to_owned();
-    let refused = |level, reason: &str| {
+    let refused = |level, kind: &'static str, reason: &str| {
+        exports.refused().count(kind);
         if let Some(left_out) = refusals.note(Instant::now(), peer.ip(), Some(&name), reason) {
             log!(level, "refused {claimant}: {reason}{left_out}");
         }
@@ -212,18 +221,25 @@ fn serve(
             request.export().as_str(),
             exports.names().join(", ")
         );
-        refused(Level::Info, &text);
+        refused(Level::Info, "unknown_export", &text);
         return request.refuse(RefusalCode::UnknownExport, &text);
     };
+    if exports.is_draining() {
+        let text =
+            "this device server drains: it takes no new claims; attach another device, or wait";
+        refused(Level::Info, "draining", text);
+        return request.refuse(RefusalCode::NotReady, text);
+    }
     let (claim, function) = match export.claim(&claimant) {
         Ok(claimed) => claimed,
         Err(error) => {
             let text = error.to_string();
-            refused(Level::Info, &text);
-            let code = match error {
-                ClaimError::Busy { .. } => RefusalCode::Busy,
-                ClaimError::Failed { .. } => RefusalCode::NotReady,
+            let (code, kind) = match error {
+                ClaimError::Busy { .. } => (RefusalCode::Busy, "busy"),
+                ClaimError::Failed { .. } => (RefusalCode::NotReady, "failed"),
+                ClaimError::Retired { .. } => (RefusalCode::NotReady, "retired"),
             };
+            refused(Level::Info, kind, &text);
             return request.refuse(code, &text);
         }
     };
@@ -233,6 +249,30 @@ fn serve(
         refused: &refused,
     };
     attach(request, &claim, function, &peer, common)
+}
+
+/// Tells the peer what there is as often as it asks, until it claims. A peer that only wanted to
+/// know closes the connection, which is no error.
+fn answer_until_claim(
+    mut incoming: Incoming,
+    exports: &Exports,
+) -> Result<Option<ClaimRequest>, FabricError> {
+    for asked in 0..MAX_QUESTIONS {
+        let request = match incoming.next_request() {
+            Err(FabricError::Closed) if asked > 0 => return Ok(None),
+            request => request?,
+        };
+        match request {
+            Request::Claim(request) => return Ok(Some(request)),
+            Request::List(request) => {
+                let listed = exports.list(request.after());
+                incoming = request.answer(listed)?;
+            }
+        }
+    }
+    let text = format!("asked {MAX_QUESTIONS} times what there is; connect again");
+    incoming.refuse(RefusalCode::Malformed, &text)?;
+    Err(FabricError::violation(text))
 }
 
 /// What all attachments have in common.
@@ -245,7 +285,7 @@ struct Common<'a> {
 /// Who claims, and where it is told of that it may not.
 struct Claimant<'a> {
     name: &'a str,
-    refused: &'a dyn Fn(Level, &str),
+    refused: &'a dyn Fn(Level, &'static str, &str),
 }
 
 /// Joins a claimant and the function. Whatever way this ends, the function is reset and the
@@ -263,7 +303,7 @@ fn attach(
     let settings = claim.settings();
     let opened =
         DeviceHalf::open_as(function.clone(), limits, settings.as_ref()).and_then(|half| {
-            claim.remember(half.settings());
+            claim.remember(&half);
             let description = describe(function.as_ref(), &half)?;
             Ok((half, description))
         });
@@ -275,13 +315,16 @@ fn attach(
             let gone = matches!(&error, DeviceError::Function(FunctionError::Gone(_)));
             let why = format!("{:#}", anyhow::Error::new(error));
             let text = format!("export {name} cannot be used: {why}");
-            (claimant.refused)(Level::Warn, &text);
+            (claimant.refused)(Level::Warn, "unusable", &text);
             if gone {
                 claim.fail(&why);
+            } else {
+                claim.is_unusable(&why);
             }
             return request.refuse(RefusalCode::Internal, &text);
         }
     };
+    claim.tally().claims.fetch_add(1, Ordering::Relaxed);
     let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
     let (link, provider) = granted.describe_by(description, common.providers)?;
     let mut session = Session::new(link);
@@ -291,11 +334,13 @@ fn attach(
         "{name}: claimed by {claimant} ({}) over {provider}",
         claim.epoch()
     );
-    let mut attachment = Attachment::new(half, session, common.polling);
-    let ended = attachment.run(common.stop);
+    let mut attachment = Attachment::new(half, session, common.polling, claim.tally().clone());
+    let ended = attachment.run(common.stop, claim.evict());
+    claim.ending();
     match ended {
         Ended::Released => info!("{name}: released by {claimant}"),
         Ended::Stopped => info!("{name}: taken from {claimant}: the device server ends"),
+        Ended::Evicted => info!("{name}: taken from {claimant}: an operator says so"),
         Ended::Failed(why) => {
             warn!("{name}: taken from {claimant}: {why}");
             claim.fail(&why);

@@ -6,7 +6,7 @@
 use std::io;
 use std::time::Duration;
 
-use crate::wire::{Kind, RefusalCode, Text, WireError};
+use crate::wire::{Kind, Label, RefusalCode, Text, WireError};
 
 /// Why an operation on the fabric failed.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +72,18 @@ pub enum FabricError {
         control: usize,
         /// Payload spans that wait.
         spans: usize,
+    },
+    /// The peer speaks an older version, which has no such message.
+    #[error("{peer} speaks version {version} of the protocol and {what} needs {needed}; update it")]
+    TooOld {
+        /// How the peer names itself.
+        peer: Label,
+        /// The version that was agreed on.
+        version: u16,
+        /// What was asked for.
+        what: &'static str,
+        /// The version that has it.
+        needed: u16,
     },
     /// RDMA was asked for, and cannot be used.
     #[error("RDMA cannot be used: {why}")]
@@ -160,6 +172,7 @@ impl FabricError {
                 | RefusalCode::Other(_) => false,
             },
             FabricError::Malformed(_)
+            | FabricError::TooOld { .. }
             | FabricError::Violation { .. }
             | FabricError::Backlog { .. }
             | FabricError::Register { .. }

@@ -68,6 +68,14 @@ pub fn attach_vhost_user(address: &str, socket: &Path, options: &[&str]) -> Resu
     start_agent(address, EXPORT, "--vhost-user-blk", socket, options)
 }
 
+/// As [`attach`], with these further options of the agent's.
+///
+/// # Errors
+/// When it does not become ready.
+pub fn attach_with(address: &str, socket: &Path, options: &[&str]) -> Result<Daemon> {
+    start_agent(address, EXPORT, "--vfio-user", socket, options)
+}
+
 fn start_agent(
     address: &str,
     export: &str,
@@ -111,10 +119,18 @@ impl AttachedDrive {
     /// # Errors
     /// When either daemon does not become ready.
     pub fn start(scratch: &Scratch, options: &str) -> Result<Self> {
+        Self::start_with(scratch, options, &[])
+    }
+
+    /// As [`Self::start`], with these further options of the agent's.
+    ///
+    /// # Errors
+    /// When either daemon does not become ready.
+    pub fn start_with(scratch: &Scratch, options: &str, agent: &[&str]) -> Result<Self> {
         let disk = scratch.join("disk.img");
         let socket = scratch.join("disk0.sock");
         let server = serve(&format!("path={},{options}", disk.display()))?;
-        let agent = attach(&address(&server), &socket)?;
+        let agent = attach_with(&address(&server), &socket, agent)?;
         Ok(Self {
             server,
             agent,

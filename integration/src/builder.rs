@@ -228,18 +228,36 @@ impl MachineBuilder {
 
     /// Adds a device that a vfio-user server implements, on a root port of its own.
     ///
-    /// The server must already listen. The root port takes no hot-plug: unplugging a device with
-    /// MSI-X aborts QEMU, and a guest could do it.
+    /// The server must already listen.
     #[must_use]
     pub fn vfio_user(self, id: &str, socket: &Path) -> Self {
+        self.vfio_user_behind(id, socket, &Value::Null)
+    }
+
+    /// As [`Self::vfio_user`], behind a root port with further properties.
+    #[must_use]
+    pub fn vfio_user_behind(self, id: &str, socket: &Path, port_properties: &Value) -> Self {
         let port = format!("rp-{id}");
-        self.root_port(&port, &json!({"hotplug": false}))
-            .device(&json!({
-                "driver": "vfio-user-pci",
-                "id": id,
-                "bus": port,
-                "socket": {"type": "unix", "path": socket.display().to_string()},
-            }))
+        self.root_port(&port, port_properties).device(&json!({
+            "driver": "vfio-user-pci",
+            "id": id,
+            "bus": port,
+            "socket": {"type": "unix", "path": socket.display().to_string()},
+        }))
+    }
+
+    /// Has QEMU listen for a second QMP client at `socket`, as an agent is given one.
+    #[must_use]
+    pub fn monitor(self, socket: &Path) -> Self {
+        self.argument("-qmp")
+            .argument(&format!("unix:{},server=on,wait=off", socket.display()))
+    }
+
+    /// Leaves hot-plug to the root ports themselves, where q35 has ACPI do it.
+    #[must_use]
+    pub fn native_hotplug(self) -> Self {
+        self.argument("-global")
+            .argument("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
     }
 
     /// Runs Debian 12's QEMU, 7.2, which has no vfio-user.

@@ -5,12 +5,12 @@
 //! go underneath; whoever runs the event loop reports its events ([`RemoteFunction::service`],
 //! [`RemoteFunction::tick`]) and brings a new one ([`RemoteFunction::reconnect`]).
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use farbus_fabric::session::ClaimedLink;
-use farbus_fabric::wire::{Description, EngineKind, Epoch, Message};
+use farbus_fabric::wire::{self, Description, EngineKind, Epoch, Message};
 use farbus_fabric::{Counters, FabricError, Received};
 use farbus_vfio::config::{ConfigError, ConfigSpace};
 use farbus_vfio::nvme::{DOORBELL_BASE, PAGE_SIZE};
@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::nvme::compute::{Changed, ComputeHalf};
 use crate::nvme::description::{BadDescription, NvmeDescription};
+use crate::nvme::record::{ControlReader, ControlWriter, Counter, Record, RecordError};
 use crate::session::Session;
 
 /// Messages received before other work has its turn.
@@ -60,6 +61,9 @@ pub enum RemoteError {
     /// This machine lacks memory.
     #[error("memory for the engine could not be had")]
     Memory(#[source] std::io::Error),
+    /// What a predecessor has left cannot be taken up.
+    #[error("what the last process has left of this attachment cannot be taken up")]
+    Record(#[from] RecordError),
     /// The link failed.
     #[error("the link failed")]
     Link(#[from] FabricError),
@@ -108,26 +112,35 @@ pub struct RemoteFunction {
     state: Mutex<State>,
 }
 
+/// What a claim granted.
+#[derive(Clone, Copy)]
+struct Grant {
+    shadow_len: u32,
+    tags: u16,
+}
+
+impl Grant {
+    fn of(claimed: &ClaimedLink) -> Self {
+        Self {
+            shadow_len: claimed.shadow_len,
+            tags: claimed.tags,
+        }
+    }
+}
+
 /// The function's parts that a description fixes.
 fn parse(
-    claimed: &ClaimedLink,
+    description: &Description,
+    grant: Grant,
 ) -> Result<(Vec<RegionInfo>, ConfigSpace, NvmeDescription), RemoteError> {
-    let ClaimedLink {
-        description,
-        shadow_len,
-        tags,
-        ..
-    } = claimed;
+    let Grant { shadow_len, tags } = grant;
     if description.engine != EngineKind::Nvme {
         return Err(RemoteError::NoEngine(description.engine));
     }
-    if !(MIN_TAGS..=MAX_TAGS).contains(tags)
-        || !(PAGE_SIZE as u32..=MAX_SHADOW).contains(shadow_len)
+    if !(MIN_TAGS..=MAX_TAGS).contains(&tags)
+        || !(PAGE_SIZE as u32..=MAX_SHADOW).contains(&shadow_len)
     {
-        return Err(RemoteError::BadGrant {
-            tags: *tags,
-            shadow_len: *shadow_len,
-        });
+        return Err(RemoteError::BadGrant { tags, shadow_len });
     }
     let regions: Vec<_> = description
         .regions
@@ -138,7 +151,7 @@ fn parse(
         })
         .collect();
     let config = ConfigSpace::from_image(&description.config, &regions)?;
-    let nvme = NvmeDescription::decode(&description.blob, *shadow_len)?;
+    let nvme = NvmeDescription::decode(&description.blob, shadow_len)?;
     Ok((regions, config, nvme))
 }
 
@@ -155,27 +168,82 @@ fn is_same_function(one: &Description, other: &Description) -> bool {
         && one.interrupts == other.interrupts
 }
 
+fn info(label: String, config: &ConfigSpace, regions: Vec<RegionInfo>, msix: u32) -> FunctionInfo {
+    FunctionInfo {
+        label,
+        config_size: config.size(),
+        regions,
+        interrupts: InterruptCounts {
+            intx: 0,
+            msi: 0,
+            msix,
+        },
+        resettable: true,
+        iova_ranges: vec![0..=u64::MAX],
+    }
+}
+
+/// What was claimed, as the record has it.
+fn encode_claim(description: &Description, grant: Grant) -> Vec<u8> {
+    let mut out = ControlWriter::default();
+    out.number(grant.shadow_len.into())
+        .number(grant.tags.into());
+    out.bytes(&description.config).bytes(&description.blob);
+    out.number(description.engine as u64);
+    let interrupts = description.interrupts;
+    for count in [interrupts.intx, interrupts.msi, interrupts.msix] {
+        out.number(count.into());
+    }
+    out.number(description.regions.len() as u64);
+    for region in &description.regions {
+        out.number(region.index.into()).number(region.size);
+    }
+    out.finish()
+}
+
+fn decode_claim(bytes: &[u8]) -> Result<(Description, Grant), RecordError> {
+    let mut from = ControlReader(bytes);
+    let grant = Grant {
+        shadow_len: from.small()?,
+        tags: from.small()?,
+    };
+    let (config, blob) = (from.bytes()?.to_vec(), from.bytes()?.to_vec());
+    let engine = match from.number()? {
+        engine if engine == EngineKind::Nvme as u64 => EngineKind::Nvme,
+        _ => EngineKind::None,
+    };
+    let interrupts = wire::InterruptCounts {
+        intx: from.small()?,
+        msi: from.small()?,
+        msix: from.small()?,
+    };
+    let mut regions = Vec::new();
+    for _ in 0..from.small::<u8>()? {
+        regions.push(wire::Region {
+            index: from.small()?,
+            size: from.number()?,
+        });
+    }
+    let description = Description {
+        config,
+        regions,
+        interrupts,
+        engine,
+        blob,
+    };
+    Ok((description, grant))
+}
+
 impl RemoteFunction {
     /// The function of a claim. `label` says to people where it is.
     pub fn new(label: String, claimed: ClaimedLink) -> Result<Self, RemoteError> {
-        let (regions, config, nvme) = parse(&claimed)?;
+        let grant = Grant::of(&claimed);
+        let (regions, config, nvme) = parse(&claimed.description, grant)?;
         let msix = config.msix().ok_or(RemoteError::NoMsix)?.vectors.into();
-        let info = FunctionInfo {
-            label,
-            config_size: config.size(),
-            regions,
-            interrupts: InterruptCounts {
-                intx: 0,
-                msi: 0,
-                msix,
-            },
-            resettable: true,
-            iova_ranges: vec![0..=u64::MAX],
-        };
         let half = ComputeHalf::new(nvme, claimed.shadow_len, claimed.tags, msix)
             .map_err(RemoteError::Memory)?;
         Ok(Self {
-            info,
+            info: info(label, &config, regions, msix),
             description: claimed.description,
             state: Mutex::new(State {
                 config,
@@ -188,6 +256,68 @@ impl RemoteFunction {
                 gathers_doorbells: false,
             }),
         })
+    }
+
+    /// As [`Self::new`], for a process that may be killed: what another one needs to go on is in
+    /// memory that [`Self::record`] names.
+    pub fn with_record(label: String, claimed: ClaimedLink) -> Result<Self, RemoteError> {
+        let (description, grant) = (claimed.description.clone(), Grant::of(&claimed));
+        let remote = Self::new(label, claimed)?;
+        let record = Record::create().map_err(RemoteError::Memory)?;
+        if !record.set_claim(&encode_claim(&description, grant)) {
+            return Err(RecordError::Broken("the description is too long").into());
+        }
+        let mut state = remote.state();
+        state.half.keep_record(record);
+        state.record_config();
+        drop(state);
+        Ok(remote)
+    }
+
+    /// The function of a process that was killed, from the memory that it left. It has no link yet. When
+    /// the guest's memory is mapped and the interrupts are set as they were, and before anything
+    /// else, [`Self::recover`] is to be called.
+    pub fn resume(label: String, memory: OwnedFd) -> Result<Self, RemoteError> {
+        let record = Record::open(memory)?;
+        let (description, grant) = decode_claim(&record.claim())?;
+        let (regions, mut config, nvme) = parse(&description, grant)?;
+        let msix = config.msix().ok_or(RemoteError::NoMsix)?.vectors.into();
+        let size = usize::from(config.size());
+        // What software may not write stays, as it does when software writes.
+        config.write(0, record.config().get(..size).unwrap_or_default())?;
+        let half = ComputeHalf::resume(nvme, grant.shadow_len, grant.tags, msix, record)?;
+        Ok(Self {
+            info: info(label, &config, regions, msix),
+            description,
+            state: Mutex::new(State {
+                config,
+                half,
+                session: None,
+                lost: None,
+                epoch: Epoch::NONE,
+                heard: 0,
+                silent: 0,
+                gathers_doorbells: false,
+            }),
+        })
+    }
+
+    /// Takes up the commands that the killed process had under way: they are sent again when there
+    /// is a link, and what was done already is completed.
+    pub fn recover(&self) -> Result<(), RemoteError> {
+        Ok(self.state().half.recover()?)
+    }
+
+    /// The memory of the record, if one is kept.
+    pub fn record(&self) -> Option<OwnedFd> {
+        let state = self.state();
+        let descriptor = state.half.record()?.descriptor()?;
+        descriptor.try_clone_to_owned().ok()
+    }
+
+    /// Whether there is a link.
+    pub fn is_linked(&self) -> bool {
+        self.state().session.is_some()
     }
 
     /// A panic of another thread while it held the lock would have ended the process's one
@@ -282,13 +412,18 @@ impl RemoteFunction {
         let news = std::mem::replace(&mut state.heard, heard) != heard;
         state.silent = if news { 0 } else { state.silent + 1 };
         let silent = state.silent;
-        state.with_session(|_, session| match silent {
+        state.with_session(|half, session| match silent {
             SILENT_TICKS.. => Err(FabricError::Timeout {
                 what: "a sign of life of the device server",
                 after: std::time::Duration::from_secs(silent.into()),
             }),
             _ if session.is_congested() => Ok(()),
-            _ => session.send(&Message::Ping { nonce: 0 }),
+            _ => {
+                if let Some(record) = half.record_mut() {
+                    record.ping();
+                }
+                session.send(&Message::Ping { nonce: 0 })
+            }
         });
     }
 
@@ -300,7 +435,7 @@ impl RemoteFunction {
     /// Goes on over a new claim of the same export: the guest's controller is rebuilt, and
     /// what was outstanding is sent again.
     pub fn reconnect(&self, claimed: ClaimedLink) -> Result<(), RemoteError> {
-        let (_, _, nvme) = parse(&claimed)?;
+        let (_, _, nvme) = parse(&claimed.description, Grant::of(&claimed))?;
         let mut state = self.state();
         if !is_same_function(&claimed.description, &self.description) {
             return Err(Changed::function().into());
@@ -314,6 +449,9 @@ impl RemoteFunction {
         }
         if state.gathers_doorbells {
             session.keep_looking();
+        }
+        if let Some(record) = state.half.record() {
+            record.add_to(Counter::Reconnects, 1);
         }
         state.epoch = claimed.epoch;
         state.heard = 0;
@@ -399,8 +537,18 @@ impl State {
         self.with_session(ComputeHalf::pump);
     }
 
+    fn record_config(&self) {
+        if let Some(record) = self.half.record() {
+            let mut bytes = vec![0; self.config.size().into()];
+            // All of it, which is within its bounds.
+            let _ = self.config.read(0, &mut bytes);
+            record.set_config(&bytes);
+        }
+    }
+
     fn reset(&mut self) {
         self.config.reset();
+        self.record_config();
         self.half.reset();
         self.with_session(|half, session| {
             // The guest's memory is its own again, at once. What is still to be sent would go
@@ -433,6 +581,7 @@ impl Function for RemoteFunction {
         let effect = state.config.write(offset, data).map_err(|_| {
             self.out_of_bounds("configuration space".into(), offset.into(), data.len())
         })?;
+        state.record_config();
         if effect.flr {
             state.reset();
         }

@@ -80,6 +80,23 @@ impl ShadowAllocator {
         })
     }
 
+    /// Takes a certain range, as it was handed out before; says whether it could be.
+    pub fn occupy(&mut self, range: ShadowRange) -> bool {
+        let start = range.offset / PAGE_SIZE as u32;
+        let Some(end) = start
+            .checked_add(range.pages)
+            .filter(|end| *end <= self.pages)
+        else {
+            return false;
+        };
+        if range.offset as usize % PAGE_SIZE != 0 || (start..end).any(|page| self.is_used(page)) {
+            return false;
+        }
+        (start..end).for_each(|page| self.set(page, true));
+        self.free -= range.pages;
+        true
+    }
+
     /// Takes a range back.
     pub fn release(&mut self, range: ShadowRange) {
         let start = range.offset / PAGE_SIZE as u32;

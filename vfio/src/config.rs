@@ -15,9 +15,11 @@ mod image;
 mod parse;
 #[cfg(test)]
 mod tests;
+mod walk;
 
 pub use image::{BarKind, ConfigImage};
 pub use parse::ConfigError;
+pub use walk::{CapabilityId, find_capability, find_msix};
 
 use crate::function::{FunctionError, RegionIndex};
 

@@ -2,7 +2,8 @@
 //!
 //! - [`problem`]: errors as clients get them; [`extract`]: requests as handlers get them, with
 //!   what is wrong with one told as a problem.
-//! - [`listen`]: the UNIX socket; [`server`]: connections, with their limits.
+//! - [`listen`]: the UNIX socket; [`tls`]: TCP, with certificates; [`server`]: connections, with their
+//!   limits.
 //! - [`client`]: asks such a server.
 //! - [`metrics`]: counts requests, and shows counts to Prometheus.
 //! - [`notify`]: tells systemd how a daemon is; [`logging`]: lines for people or programs.
@@ -16,6 +17,7 @@ pub mod metrics;
 pub mod notify;
 pub mod problem;
 pub mod server;
+pub mod tls;
 
 /// A time as the interface shows it: RFC 3339, in UTC, to the millisecond.
 #[must_use]

@@ -13,7 +13,8 @@ pub enum LogFormat {
     /// For people.
     #[default]
     Text,
-    /// A JSON object a line: `time`, `level`, `target`, `message`.
+    /// A JSON object a line: `time`, `level`, `target`, `message`, and `attachment` in the process of
+    /// one.
     Json,
 }
 
@@ -43,26 +44,46 @@ impl FromStr for LogFormat {
     }
 }
 
-/// Sends the log to standard error from now on.
-pub fn init(level: LevelFilter, format: LogFormat) {
+/// Sends the log to standard error from now on. In the process of one attachment, each line has its
+/// name: many such processes share a log.
+pub fn init(level: LevelFilter, format: LogFormat, attachment: Option<&str>) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level).format_target(false);
-    if format == LogFormat::Json {
-        builder.format(|out, record| {
-            let line = json_line(SystemTime::now(), record);
-            writeln!(out, "{line}")
-        });
+    let attachment = attachment.map(str::to_owned);
+    match (format, attachment) {
+        (LogFormat::Text, None) => {}
+        (LogFormat::Text, Some(name)) => {
+            builder.format(move |out, record| {
+                let now = crate::timestamp(SystemTime::now());
+                let (level, message) = (record.level(), record.args());
+                writeln!(out, "[{now} {level:<5} {name}] {message}")
+            });
+        }
+        (LogFormat::Json, attachment) => {
+            builder.format(move |out, record| {
+                let line = json_line(SystemTime::now(), record, attachment.as_deref());
+                writeln!(out, "{line}")
+            });
+        }
     }
     builder.init();
 }
 
-fn json_line(now: SystemTime, record: &log::Record<'_>) -> serde_json::Value {
-    serde_json::json!({
+fn json_line(
+    now: SystemTime,
+    record: &log::Record<'_>,
+    attachment: Option<&str>,
+) -> serde_json::Value {
+    let mut line = serde_json::json!({
         "time": crate::timestamp(now),
         "level": record.level().as_str().to_ascii_lowercase(),
         "target": record.target(),
         "message": record.args().to_string(),
-    })
+    });
+    if let Some(attachment) = attachment {
+        line["attachment"] = attachment.into();
+    }
+    line
 }
 
 #[cfg(test)]
@@ -77,12 +98,13 @@ mod tests {
             .args(format_args!("a \"quoted\"\nmessage"))
             .build();
 
-        let line = json_line(SystemTime::UNIX_EPOCH, &record).to_string();
+        let line = json_line(SystemTime::UNIX_EPOCH, &record, Some("vm1")).to_string();
 
         assert!(!line.contains('\n'));
         let back: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
         assert_eq!(back["message"], "a \"quoted\"\nmessage");
         assert_eq!(back["level"], "warn");
+        assert_eq!(back["attachment"], "vm1");
         assert_eq!(back["time"], "1970-01-01T00:00:00.000Z");
     }
 }

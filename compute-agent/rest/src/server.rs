@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::listen::SocketFile;
 use crate::problem::Problem;
+use crate::tls::TlsListener;
 
 /// Connections served at a time; more wait to be accepted.
 pub const MAX_CONNECTIONS: usize = 256;
@@ -35,6 +36,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// How long requests under way may take when the daemon ends.
 const GRACE: Duration = Duration::from_secs(3);
+
+/// A TLS handshake is over within this.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long nothing is accepted after the kernel has refused to, such as for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -195,12 +199,49 @@ pub async fn serve(socket: SocketFile, router: Router, shutdown: Shutdown) {
     connections.end().await;
 }
 
+/// Serves hosts that show a certificate, until the shutdown.
+pub async fn serve_tls(listener: TlsListener, router: Router, shutdown: Shutdown) {
+    let connections = Arc::new(Connections::new(router, shutdown.clone()));
+    loop {
+        let slot = tokio::select! {
+            slot = connections.slot() => slot,
+            () = shutdown.clone().requested() => break,
+        };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = shutdown.clone().requested() => break,
+        };
+        match accepted {
+            Ok((stream, address)) => {
+                let (connections, acceptor) = (connections.clone(), listener.acceptor());
+                tokio::spawn(async move {
+                    let shaken = acceptor.accept(stream);
+                    match tokio::time::timeout(HANDSHAKE_TIMEOUT, shaken).await {
+                        Ok(Ok(stream)) => {
+                            connections.start(stream, Peer::Remote { address }, slot);
+                        }
+                        Ok(Err(error)) => warn!("{address} is refused: {error}"),
+                        Err(_elapsed) => debug!("{address} has not shown a certificate in time"),
+                    }
+                });
+            }
+            Err(error) => {
+                warn!("no client can be accepted: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    if let Ok(connections) = Arc::try_unwrap(connections) {
+        connections.end().await;
+    }
+}
+
 /// A right to one connection.
-pub type Slot = Option<tokio::sync::OwnedSemaphorePermit>;
+type Slot = Option<tokio::sync::OwnedSemaphorePermit>;
 
 /// The connections of one listener.
-#[derive(Debug)]
-pub struct Connections {
+struct Connections {
     router: Router,
     slots: Arc<Semaphore>,
     graceful: GracefulShutdown,
@@ -209,8 +250,7 @@ pub struct Connections {
 
 impl Connections {
     /// None yet.
-    #[must_use]
-    pub fn new(router: Router, shutdown: Shutdown) -> Self {
+    fn new(router: Router, shutdown: Shutdown) -> Self {
         Self {
             router,
             slots: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
@@ -220,12 +260,12 @@ impl Connections {
     }
 
     /// Waits until there may be one more.
-    pub async fn slot(&self) -> Slot {
+    async fn slot(&self) -> Slot {
         self.slots.clone().acquire_owned().await.ok()
     }
 
     /// Serves one more client.
-    pub fn start<S>(&self, stream: S, peer: Peer, slot: Slot)
+    fn start<S>(&self, stream: S, peer: Peer, slot: Slot)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -262,7 +302,7 @@ impl Connections {
     }
 
     /// Waits until requests under way are answered, or long enough.
-    pub async fn end(self) {
+    async fn end(self) {
         let _ = tokio::time::timeout(GRACE, self.graceful.shutdown()).await;
     }
 }

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use super::Selector;
 
-/// Body of `PUT /v1/attachments/{id}`. Either `device` or `selector`.
+/// Body of `PUT /v1/attachments/{id}`. Exactly one of `device` and `selector`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AttachmentSpec {
@@ -43,10 +43,10 @@ pub enum EndpointSpec {
     },
     /// As a virtio block device, on a vhost-user socket.
     VhostUserBlk {
-        /// Request queues, 1 to 64; by default one for each of the drive's, 8 at most.
+        /// Request queues, 1 to 64; 4 by default.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         num_queues: Option<u16>,
-        /// Descriptors of a queue; a power of two.
+        /// Descriptors of a queue, a power of two from 4 to 1024; 128 by default.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         queue_size: Option<u16>,
         /// The guest may not write.
@@ -59,7 +59,9 @@ pub enum EndpointSpec {
 }
 
 /// How MSI-X interrupts reach the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Msix {
     /// Mediated towards a VMM that aborts when a function with the other kind is unplugged; irqfd

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod attachment;
+mod daemon;
 mod device;
 mod event;
 
@@ -14,5 +15,6 @@ pub use attachment::{
     Attachment, AttachmentSpec, AttachmentState, Attachments, EndpointSpec, Fabric, Limits, Msix,
     Statistics, Vm, WorkerStatus,
 };
+pub use daemon::{Health, Version};
 pub use device::{Device, DeviceClass, DeviceState, Devices, Selector, Unreachable};
 pub use event::Event;

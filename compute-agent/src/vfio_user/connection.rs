@@ -14,6 +14,7 @@ use rustix::net::{
 };
 
 use super::inbox::Inbox;
+use super::msix::Watch;
 use super::outbox::Outbox;
 use super::refusal::End;
 use super::session::{Progress, Session};
@@ -75,13 +76,33 @@ impl Connection {
     pub(super) fn serve(&mut self) -> Result<Left, End> {
         let mut budget = BUDGET;
         self.flush()?;
-        if self.handle(&mut budget)? == Left::Messages {
-            return Ok(Left::Messages);
+        let mut left = self.handle(&mut budget)?;
+        if left == Left::Nothing && self.receive()? {
+            left = self.handle(&mut budget)?;
         }
-        if !self.receive()? {
-            return Ok(Left::Nothing);
+        // What a message has unmasked, and what waited for room.
+        self.raise()?;
+        Ok(left)
+    }
+
+    /// The function has signalled a vector of a mediated MSI-X.
+    pub(super) fn fire(&mut self, vector: u32) -> Result<(), End> {
+        self.session.fire(vector);
+        self.raise()
+    }
+
+    /// Sends interrupts while the socket takes them. Each waits in its table until the one before has
+    /// gone out.
+    fn raise(&mut self) -> Result<(), End> {
+        while self.outbox.is_empty() && self.session.raise_one(&mut self.outbox)? {
+            self.flush()?;
         }
-        self.handle(&mut budget)
+        Ok(())
+    }
+
+    /// A vector's eventfd that is to be watched from now on.
+    pub(super) fn take_watch(&mut self) -> Option<Watch> {
+        self.session.take_watch()
     }
 
     /// Handles received messages, within the budget. Each is answered before the next one is

@@ -14,12 +14,17 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Connection, Left};
 use super::listener::{EndpointError, Listener};
+use super::msix::Watch;
 use super::peer::pid_of;
 use super::refusal::End;
 use super::session::Session;
+use crate::api::Msix;
 
 /// How many clients can be in the course of being turned away.
 const MAX_TURNED_AWAY: usize = 4;
+
+/// An event whose data is this or more is a signal of the vector with that number, less this.
+const FIRST_VECTOR: u32 = 1;
 
 /// Offers a function to VMMs at a UNIX socket.
 ///
@@ -45,10 +50,13 @@ pub struct Endpoint {
     /// The listener's path, for log lines.
     name: String,
     function: Arc<dyn Function>,
+    msix: Msix,
     /// Wakes us up for what no socket does: received messages that wait for their turn, and
     /// guest memory that broke.
     wake: Arc<EventFd>,
     client: Option<Connection>,
+    /// Eventfds of the client's interrupts that are watched.
+    interrupts: Vec<RawFd>,
     /// Messages of the client wait for their turn, which comes with `wake`.
     has_backlog: bool,
     turned_away: Vec<TurnedAway>,
@@ -74,8 +82,10 @@ impl Endpoint {
             listener: Listener::bind(path)?,
             name,
             function,
+            msix: Msix::Auto,
             wake: Arc::new(wake),
             client: None,
+            interrupts: Vec::new(),
             has_backlog: false,
             turned_away: Vec::new(),
             turned_away_during_client: 0,
@@ -83,6 +93,13 @@ impl Endpoint {
             is_accept_failing: false,
             is_shut_down: false,
         })
+    }
+
+    /// The same, with MSI-X kept as `msix` says from the next client on.
+    #[must_use]
+    pub fn with_msix(mut self, msix: Msix) -> Self {
+        self.msix = msix;
+        self
     }
 
     /// Where VMMs connect.
@@ -159,7 +176,8 @@ impl Endpoint {
             return;
         }
         let peer = pid_of(&stream);
-        let session = Session::new(self.function.clone(), &self.name, peer, self.wake.clone());
+        let wake = self.wake.clone();
+        let session = Session::new(self.function.clone(), &self.name, peer, self.msix, wake);
         self.client = Some(Connection::new(stream, session));
         self.turned_away_during_client = 0;
         self.has_backlog = false;
@@ -182,6 +200,30 @@ impl Endpoint {
             Ok(left) => left,
             Err(why) => return self.drop_client(&why, ops),
         };
+        self.watch_output(had_unsent, ops);
+        self.watch_interrupts(ops);
+        self.has_backlog = left == Left::Messages;
+        if self.has_backlog {
+            // A full counter means that we are to be woken up anyway.
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// The function has signalled a vector of the client's.
+    fn on_interrupt(&mut self, vector: u32, ops: &mut EventOps<'_>) {
+        let Some(client) = &mut self.client else {
+            return;
+        };
+        let had_unsent = client.has_unsent();
+        match client.fire(vector) {
+            Ok(()) => self.watch_output(had_unsent, ops),
+            Err(why) => self.drop_client(&why, ops),
+        }
+    }
+
+    /// Waits for room in the client's socket, or no more.
+    fn watch_output(&mut self, had_unsent: bool, ops: &mut EventOps<'_>) {
+        let Some(client) = &self.client else { return };
         let has_unsent = client.has_unsent();
         if has_unsent != had_unsent {
             let out = if has_unsent {
@@ -192,10 +234,21 @@ impl Endpoint {
             let events = Events::new(client.stream(), EventSet::IN | out);
             log_failure(&self.name, ops.modify(events));
         }
-        self.has_backlog = left == Left::Messages;
-        if self.has_backlog {
-            // A full counter means that we are to be woken up anyway.
-            let _ = self.wake.write(1);
+    }
+
+    /// Watches the eventfds of vectors that the client has begun to use. Each signal is an event, so
+    /// that nobody has to read them.
+    fn watch_interrupts(&mut self, ops: &mut EventOps<'_>) {
+        let Some(client) = &mut self.client else {
+            return;
+        };
+        while let Some(Watch { vector, fd }) = client.take_watch() {
+            let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let added = ops.add(Events::with_data_raw(fd, vector + FIRST_VECTOR, once));
+            if added.is_ok() {
+                self.interrupts.push(fd);
+            }
+            log_failure(&self.name, added);
         }
     }
 
@@ -204,6 +257,12 @@ impl Endpoint {
             return;
         };
         log_failure(&self.name, ops.remove(Events::empty(client.stream())));
+        for fd in self.interrupts.drain(..) {
+            log_failure(
+                &self.name,
+                ops.remove(Events::new_raw(fd, EventSet::empty())),
+            );
+        }
         client.end(why);
         if self.turned_away_during_client > 0 {
             let count = self.turned_away_during_client;
@@ -273,6 +332,9 @@ impl MutEventSubscriber for Endpoint {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         if self.is_shut_down {
             return;
+        }
+        if let Some(vector) = events.data().checked_sub(FIRST_VECTOR) {
+            return self.on_interrupt(vector, ops);
         }
         let fd = events.fd();
         if fd == self.listener.as_raw_fd() {

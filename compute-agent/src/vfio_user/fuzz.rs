@@ -1,7 +1,8 @@
 //! A whole conversation without a socket, for fuzzing.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use farbus_vfio::config::{BarKind, ConfigError, ConfigImage, ConfigSpace, MsixLayout};
 use farbus_vfio::{
     DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind, Iova,
     RegionIndex, RegionInfo,
@@ -11,12 +12,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::inbox::Inbox;
 use super::outbox::Outbox;
 use super::session::{Progress, Session};
+use crate::api::Msix;
 
 /// How many writes or messages are handled before the session is interrupted.
 const BUDGET: u32 = 4;
 
 /// Has a session handle `bytes` as the stream of one client, for a function that accepts
-/// everything. The first byte says in how long pieces the rest arrives.
+/// everything and raises interrupts, which are mediated. The first byte says in how long pieces the rest arrives.
 ///
 /// It must come to its end whatever the bytes are.
 pub fn fuzz_session(bytes: &[u8]) {
@@ -26,7 +28,16 @@ pub fn fuzz_session(bytes: &[u8]) {
     let Ok(event) = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC) else {
         return;
     };
-    let mut session = Session::new(Arc::new(Inert::new()), "fuzz", None, Arc::new(event));
+    let Ok(function) = Inert::new() else {
+        return;
+    };
+    let mut session = Session::new(
+        Arc::new(function),
+        "fuzz",
+        None,
+        Msix::Mediated,
+        Arc::new(event),
+    );
     let mut inbox = Inbox::new();
     let mut outbox = Outbox::new();
     for piece in stream.chunks(usize::from(*piece) + 1) {
@@ -39,11 +50,14 @@ pub fn fuzz_session(bytes: &[u8]) {
             return;
         }
         while let Ok(Some(message)) = inbox.next() {
+            // Somewhere in the middle, interrupts come.
+            session.fire(u32::from(message.header.id) % (u32::from(VECTORS) + 2));
             match session.handle(message, &mut outbox, &mut { BUDGET }) {
                 Ok(Progress::Done) => inbox.consume(),
                 Ok(Progress::Unfinished) => {}
                 Err(why) => return session.end(&why),
             }
+            while session.raise_one(&mut outbox).is_ok_and(|more| more) {}
             while !outbox.is_empty() {
                 outbox.sent(outbox.first().len());
             }
@@ -51,12 +65,27 @@ pub fn fuzz_session(bytes: &[u8]) {
     }
 }
 
-/// A function that does nothing.
-struct Inert(FunctionInfo);
+/// Of the function that does nothing.
+const VECTORS: u16 = 16;
+
+/// A function that does nothing but to have a configuration space with MSI-X.
+struct Inert {
+    info: FunctionInfo,
+    config: Mutex<ConfigSpace>,
+}
 
 impl Inert {
-    fn new() -> Self {
-        Self(FunctionInfo {
+    fn new() -> Result<Self, ConfigError> {
+        let image = ConfigImage::new(0x4642, 1, 0x01_08_02)
+            .bar(0, BarKind::Memory64)
+            .msix(MsixLayout {
+                vectors: VECTORS,
+                table: (RegionIndex::BAR0, 0x2000),
+                pba: (RegionIndex::BAR0, 0x3000),
+            })
+            .express()
+            .build();
+        let info = FunctionInfo {
             label: "inert".into(),
             config_size: 4096,
             regions: vec![RegionInfo {
@@ -66,24 +95,31 @@ impl Inert {
             interrupts: InterruptCounts {
                 intx: 1,
                 msi: 4,
-                msix: 16,
+                msix: VECTORS.into(),
             },
             resettable: true,
             iova_ranges: vec![0..=u64::MAX],
-        })
+        };
+        let config = Mutex::new(ConfigSpace::from_image(&image, &info.regions)?);
+        Ok(Self { info, config })
+    }
+
+    fn config(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Function for Inert {
     fn info(&self) -> &FunctionInfo {
-        &self.0
+        &self.info
     }
 
-    fn config_read(&self, _: u16, _: &mut [u8]) -> Result<(), FunctionError> {
-        Ok(())
+    fn config_read(&self, at: u16, data: &mut [u8]) -> Result<(), FunctionError> {
+        Ok(self.config().read(at, data)?)
     }
 
-    fn config_write(&self, _: u16, _: &[u8]) -> Result<(), FunctionError> {
+    fn config_write(&self, at: u16, data: &[u8]) -> Result<(), FunctionError> {
+        self.config().write(at, data)?;
         Ok(())
     }
 

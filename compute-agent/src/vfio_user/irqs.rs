@@ -38,12 +38,13 @@ pub(super) struct Irqs {
 }
 
 impl Irqs {
-    /// Does what a client asks.
+    /// Does what a client asks. With `mediated` MSI-X is not the client's to set.
     pub(super) fn set(
         &mut self,
         function: &dyn Function,
         body: &[u8],
         fds: Vec<OwnedFd>,
+        mediated: bool,
     ) -> Result<(), Refusal> {
         let ask = SetIrqs::decode(body)?;
         let SetIrqs {
@@ -61,7 +62,15 @@ impl Irqs {
         }
         let kind = kind_of(index);
         let have = kind.map_or(0, |kind| function.info().interrupts.of(kind));
-        if (start, count, action, data) == (0, 0, IrqAction::Trigger, IrqData::None) {
+        let disables = (start, count, action, data) == (0, 0, IrqAction::Trigger, IrqData::None);
+        if mediated && kind == Some(InterruptKind::Msix) {
+            return if disables {
+                Ok(())
+            } else {
+                Err(Refusal::Mediated)
+            };
+        }
+        if disables {
             return kind.map_or(Ok(()), |kind| self.disable(function, kind));
         }
         let end = start

@@ -15,6 +15,7 @@
 //! | `inbox`, `outbox` | where messages begin and end; which descriptors belong to which |
 //! | `session` | one client's conversation: what each command does, what refuses it |
 //! | `irqs`, `dma`, `regions` | the commands, by what they are about |
+//! | `msix` | the MSI-X table, where the client is not to have it |
 //!
 //! The client is not trusted. What it gets wrong within a message is refused with an error
 //! reply; what leaves the stream unreadable, or shows that it will not behave, ends the
@@ -28,6 +29,7 @@ mod fuzz;
 mod inbox;
 mod irqs;
 pub(crate) mod listener;
+mod msix;
 mod outbox;
 pub(crate) mod peer;
 mod refusal;

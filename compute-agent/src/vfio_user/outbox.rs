@@ -1,4 +1,4 @@
-//! Replies on their way to a client's socket.
+//! Messages on their way to a client's socket: replies, and interrupts that are mediated.
 //!
 //! A reply is written where it is sent from, so that data read from the function is not
 //! copied again. What the socket does not take stays here, up to a bound.
@@ -66,8 +66,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Queues a reply with this body.
-    pub(super) fn reply(&mut self, header: &Header, body: &[u8]) -> Result<(), Full> {
+    /// Queues a message with this body.
+    pub(super) fn put(&mut self, header: &Header, body: &[u8]) -> Result<(), Full> {
         self.reserve(body.len())?.copy_from_slice(body);
         self.commit(header)
     }
@@ -122,7 +122,7 @@ mod tests {
         ) {
             let mut outbox = Outbox::new();
             for (id, len) in lens.iter().enumerate() {
-                outbox.reply(&header(id as u16, *len), &vec![id as u8; *len]).unwrap();
+                outbox.put(&header(id as u16, *len), &vec![id as u8; *len]).unwrap();
             }
             let mut sent = Vec::new();
             let mut takes = takes.iter().cycle();
@@ -150,7 +150,7 @@ mod tests {
             outbox.reserve(body_len).unwrap();
             outbox.commit(&header(id, body_len)).unwrap();
         }
-        assert!(outbox.reply(&header(4, 0), &[]).is_err());
+        assert!(outbox.put(&header(4, 0), &[]).is_err());
         outbox.sent(usize::MAX);
         assert!(outbox.reserve(body_len).is_ok());
     }
@@ -159,7 +159,7 @@ mod tests {
     fn a_reservation_that_is_not_committed_is_not_sent() {
         let mut outbox = Outbox::new();
         outbox.reserve(100).unwrap().fill(1);
-        outbox.reply(&header(5, 1), &[2]).unwrap();
+        outbox.put(&header(5, 1), &[2]).unwrap();
         assert_eq!(outbox.first(), [&header(5, 1).encode()[..], &[2]].concat());
     }
 }

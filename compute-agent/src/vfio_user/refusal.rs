@@ -44,6 +44,11 @@ pub(super) enum Refusal {
     },
     #[error("{count} interrupts need {count} file descriptors or none; {fds} came")]
     IrqFds { count: u32, fds: usize },
+    #[error(
+        "MSI-X is mediated, and this client wants eventfds for it; attach with --msix=auto or \
+         --msix=irqfd"
+    )]
+    Mediated,
     #[error("a descriptor for an interrupt is {0}, not an eventfd")]
     NotAnEventFd(String),
     #[error("{what} takes at most one file descriptor; {fds} came")]
@@ -62,7 +67,7 @@ impl Refusal {
         match self {
             Self::Map(error) => error.errno(),
             Self::Function(error) => function_errno(error),
-            Self::UnknownCommand(_) | Self::Unsupported(_) => libc::ENOTSUP,
+            Self::UnknownCommand(_) | Self::Unsupported(_) | Self::Mediated => libc::ENOTSUP,
             Self::Wire(_)
             | Self::NoSuchIndex { .. }
             | Self::OutOfRegion { .. }

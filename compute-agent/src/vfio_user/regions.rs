@@ -2,12 +2,13 @@
 
 use farbus_vfio::user::body::{
     DEVICE_PCI, DEVICE_RESET, DeviceInfo, IRQ_AUTOMASKED, IRQ_EVENTFD, IRQ_MASKABLE, IrqInfo,
-    MultiWrite, NUM_IRQS, NUM_REGIONS, REGION_INDEX_CONFIG, REGION_READ, REGION_WRITE, RegionInfo,
-    at_least,
+    MultiWrite, NUM_IRQS, NUM_REGIONS, REGION_INDEX_CONFIG, REGION_READ, REGION_WRITE,
+    RegionAccess, RegionInfo, at_least,
 };
 use farbus_vfio::{Function, InterruptKind, RegionIndex};
 
 use super::irqs::kind_of;
+use super::msix::Mediator;
 use super::refusal::Refusal;
 
 /// `VFIO_USER_DEVICE_GET_INFO`.
@@ -127,39 +128,76 @@ pub(super) fn place(
     }
 }
 
-/// Reads `data` from a place.
-pub(super) fn read(function: &dyn Function, place: Place, data: &mut [u8]) -> Result<(), Refusal> {
+/// Reads `data` from a place. What a mediator keeps is not the function's.
+pub(super) fn read(
+    function: &dyn Function,
+    mediator: Option<&Mediator>,
+    place: Place,
+    data: &mut [u8],
+) -> Result<(), Refusal> {
     if data.is_empty() {
         return Ok(());
     }
-    match place {
-        Place::Config(offset) => function.config_read(offset, data)?,
-        Place::Region(index, offset) => function.region_read(index, offset, data)?,
+    match (place, mediator) {
+        (Place::Config(offset), mediator) => {
+            function.config_read(offset, data)?;
+            if let Some(mediator) = mediator {
+                mediator.disguise(offset, data);
+            }
+        }
+        (Place::Region(index, offset), None) => function.region_read(index, offset, data)?,
+        (Place::Region(index, offset), Some(mediator)) => {
+            if !mediator.has_all_of(index, offset, data.len()) {
+                function.region_read(index, offset, data)?;
+            }
+            mediator.read(index, offset, data);
+        }
     }
     Ok(())
 }
 
-/// Writes `data` to a region.
+/// Writes `data` to where `access` says.
 pub(super) fn write(
     function: &dyn Function,
-    region: u32,
-    offset: u64,
+    mediator: Option<&mut Mediator>,
+    access: RegionAccess,
     data: &[u8],
 ) -> Result<(), Refusal> {
-    let place = place(function, region, offset, data.len() as u32)?;
+    let place = place(function, access.region, access.offset, data.len() as u32)?;
     if data.is_empty() {
         return Ok(());
     }
-    match place {
-        Place::Config(offset) => function.config_write(offset, data)?,
-        Place::Region(RegionIndex::ROM, _) => return Err(Refusal::Unsupported("writing the ROM")),
-        Place::Region(index, offset) => function.region_write(index, offset, data)?,
+    match (place, mediator) {
+        (Place::Config(offset), mediator) => {
+            function.config_write(offset, data)?;
+            if let Some(mediator) = mediator {
+                mediator.config_written(function, offset, data);
+            }
+        }
+        (Place::Region(RegionIndex::ROM, _), _) => {
+            return Err(Refusal::Unsupported("writing the ROM"));
+        }
+        (Place::Region(index, offset), Some(mediator))
+            if mediator.has_all_of(index, offset, data.len()) =>
+        {
+            mediator.write(function, index, offset, data)?;
+        }
+        (Place::Region(index, offset), _) => function.region_write(index, offset, data)?,
     }
     Ok(())
 }
 
 /// Does one of several writes.
-pub(super) fn write_one(function: &dyn Function, one: &MultiWrite) -> Result<(), Refusal> {
+pub(super) fn write_one(
+    function: &dyn Function,
+    mediator: Option<&mut Mediator>,
+    one: &MultiWrite,
+) -> Result<(), Refusal> {
     let data = one.bytes().ok_or(Refusal::CoalescedTooLong(one.count))?;
-    write(function, one.region, one.offset, data)
+    let access = RegionAccess {
+        offset: one.offset,
+        region: one.region,
+        count: one.count,
+    };
+    write(function, mediator, access, data)
 }

@@ -7,20 +7,24 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use farbus_vfio::Function;
-use farbus_vfio::user::body::{RegionAccess, Version, WriteMulti, decode_region_write};
+use farbus_vfio::user::body::{
+    DmaTransfer, RegionAccess, Version, WriteMulti, decode_region_write,
+};
 use farbus_vfio::user::caps::Capabilities;
 use farbus_vfio::user::wire::{
-    Command, DMA_PAGE, Header, MAX_DATA_XFER, MAX_MSG_FDS, MessageType, VERSION_MAJOR,
-    VERSION_MINOR,
+    Command, DMA_PAGE, FLAG_NO_REPLY, Header, MAX_DATA_XFER, MAX_MSG_FDS, MessageType,
+    VERSION_MAJOR, VERSION_MINOR,
 };
 use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::inbox::Message;
 use super::irqs::Irqs;
+use super::msix::{Mediator, Message as Interrupt, Watch};
 use super::outbox::{Full, Outbox};
 use super::refusal::{End, Refusal};
 use super::{dma, regions};
+use crate::api::Msix;
 use crate::guest_memory::{GuestMemory, MAX_WINDOWS};
 
 /// How many refused commands of a client are logged, one by one.
@@ -33,6 +37,7 @@ const CAPABILITIES: Capabilities = Capabilities {
     max_dma_maps: Some(MAX_WINDOWS as u64),
     pgsizes: Some(DMA_PAGE),
     write_multiple: Some(true),
+    migration: false,
 };
 
 /// How far the handling of a message got.
@@ -61,6 +66,11 @@ pub(super) struct Session {
     negotiated: bool,
     memory: GuestMemory,
     irqs: Irqs,
+    /// What is wanted of MSI-X, and what keeps it if it is not the client.
+    msix: Msix,
+    mediator: Option<Mediator>,
+    /// Messages that were sent unasked.
+    sent: u16,
     multi: MultiProgress,
     refusals: u32,
 }
@@ -72,6 +82,7 @@ impl Session {
         function: Arc<dyn Function>,
         socket: &str,
         peer: Option<u32>,
+        msix: Msix,
         lost: Arc<EventFd>,
     ) -> Self {
         let pid = peer.map_or("pid unknown".to_owned(), |pid| format!("pid {pid}"));
@@ -82,6 +93,9 @@ impl Session {
             negotiated: false,
             memory: GuestMemory::new(lost),
             irqs: Irqs::default(),
+            msix,
+            mediator: None,
+            sent: 0,
             multi: MultiProgress::default(),
             refusals: 0,
         }
@@ -161,11 +175,15 @@ impl Session {
                 regions::irq_info(function, body).map(|a| Answer::new(&a.encode()))
             }
             Command::DeviceSetIrqs => {
-                self.irqs.set(function, body, fds)?;
+                self.irqs
+                    .set(function, body, fds, self.mediator.is_some())?;
                 Ok(Answer::EMPTY)
             }
             Command::DeviceReset => {
                 function.reset()?;
+                if let Some(mediator) = &mut self.mediator {
+                    mediator.reset(function);
+                }
                 Ok(Answer::EMPTY)
             }
             Command::Version => Err(Refusal::VersionTwice),
@@ -194,22 +212,71 @@ impl Session {
     ) -> Result<(), End> {
         if command != Some(Command::Version) || header.no_reply() {
             if !header.no_reply() {
-                outbox.reply(&header.error_reply(libc::EINVAL), &[])?;
+                outbox.put(&header.error_reply(libc::EINVAL), &[])?;
             }
             return Err(End::NotNegotiated(header.command));
         }
         match answer_version(body) {
-            Ok(answer) => {
-                outbox.reply(&header.reply(answer.len()), &answer)?;
+            Ok((answer, proposed)) => {
+                outbox.put(&header.reply(answer.len()), &answer)?;
                 self.negotiated = true;
-                info!("vfio-user {}: client connected", self.name);
+                self.choose_msix(&proposed);
                 Ok(())
             }
             Err(refusal) => {
-                outbox.reply(&header.error_reply(refusal.errno()), &[])?;
+                outbox.put(&header.error_reply(refusal.errno()), &[])?;
                 Err(End::Handshake(refusal))
             }
         }
+    }
+
+    /// Decides who keeps the MSI-X table: see [`super::msix`].
+    fn choose_msix(&mut self, client: &Capabilities) {
+        let is_mediated = match self.msix {
+            Msix::Auto => client.are_qemus(),
+            Msix::Mediated => true,
+            Msix::Irqfd => false,
+        };
+        if is_mediated {
+            self.mediator = Mediator::new(self.function.as_ref());
+        }
+        let how = match &self.mediator {
+            Some(_) => "MSI-X is mediated",
+            None if is_mediated => "no MSI-X can be mediated",
+            None => "MSI-X by eventfds",
+        };
+        info!("vfio-user {}: client connected, {how}", self.name);
+    }
+
+    /// The function has signalled a vector of a mediated MSI-X.
+    pub(super) fn fire(&mut self, vector: u32) {
+        if let Some(mediator) = &mut self.mediator {
+            mediator.fire(vector);
+        }
+    }
+
+    /// A vector's eventfd that is to be watched from now on.
+    pub(super) fn take_watch(&mut self) -> Option<Watch> {
+        self.mediator.as_mut()?.take_fresh()
+    }
+
+    /// Queues the message of one vector that may be raised. Whether there was one.
+    pub(super) fn raise_one(&mut self, outbox: &mut Outbox) -> Result<bool, Full> {
+        let next = self.mediator.as_mut().and_then(Mediator::next_message);
+        let Some(Interrupt { address, data }) = next else {
+            return Ok(false);
+        };
+        let data = data.to_le_bytes();
+        let count = data.len() as u64;
+        let mut body = [0; DmaTransfer::LEN + 4];
+        if let Some((head, tail)) = body.split_first_chunk_mut() {
+            *head = DmaTransfer { address, count }.encode();
+            tail.copy_from_slice(&data);
+        }
+        self.sent = self.sent.wrapping_add(1);
+        let header = Header::command(self.sent, Command::DmaWrite, FLAG_NO_REPLY, body.len());
+        outbox.put(&header, &body)?;
+        Ok(true)
     }
 
     fn region_read(
@@ -240,7 +307,9 @@ impl Session {
             return Err(Full.into());
         };
         *head = ask.encode();
-        if let Err(refusal) = regions::read(self.function.as_ref(), at, data) {
+        if let Err(refusal) =
+            regions::read(self.function.as_ref(), self.mediator.as_ref(), at, data)
+        {
             return Ok(Err(refusal));
         }
         if !header.no_reply() {
@@ -250,7 +319,7 @@ impl Session {
     }
 
     fn region_write(
-        &self,
+        &mut self,
         header: &Header,
         body: &[u8],
         outbox: &mut Outbox,
@@ -258,7 +327,8 @@ impl Session {
         let done = decode_region_write(body)
             .map_err(Refusal::from)
             .and_then(|(ask, data)| {
-                regions::write(self.function.as_ref(), ask.region, ask.offset, data)?;
+                let mediator = self.mediator.as_mut();
+                regions::write(self.function.as_ref(), mediator, ask, data)?;
                 Ok(ask)
             });
         match done {
@@ -287,7 +357,7 @@ impl Session {
         };
         for write in multi.iter().skip(self.multi.seen) {
             self.multi.seen += 1;
-            match regions::write_one(self.function.as_ref(), &write) {
+            match regions::write_one(self.function.as_ref(), self.mediator.as_mut(), &write) {
                 Ok(()) => self.multi.done += 1,
                 Err(refusal) => self.log_refusal(header, &refusal),
             }
@@ -303,7 +373,7 @@ impl Session {
 
     fn reply(&self, header: &Header, body: &[u8], outbox: &mut Outbox) -> Result<(), End> {
         if !header.no_reply() {
-            outbox.reply(&header.reply(body.len()), body)?;
+            outbox.put(&header.reply(body.len()), body)?;
         }
         Ok(())
     }
@@ -320,7 +390,7 @@ impl Session {
             self.log_refusal(header, &refusal);
         }
         if !header.no_reply() {
-            outbox.reply(&header.error_reply(refusal.errno()), &[])?;
+            outbox.put(&header.error_reply(refusal.errno()), &[])?;
         }
         if refusal.is_final() {
             Err(End::Memory(refusal))
@@ -370,12 +440,13 @@ impl Session {
                 );
             }
         }
+        self.mediator = None;
         self.negotiated = false;
     }
 }
 
-/// The reply to a version request.
-fn answer_version(body: &[u8]) -> Result<Vec<u8>, Refusal> {
+/// The reply to a version request, and what the client proposes in it.
+fn answer_version(body: &[u8]) -> Result<(Vec<u8>, Capabilities), Refusal> {
     let version = Version::decode(body)?;
     let Version { major, minor } = version;
     if major != VERSION_MAJOR {
@@ -386,11 +457,11 @@ fn answer_version(body: &[u8]) -> Result<Vec<u8>, Refusal> {
         major,
         minor: minor.min(VERSION_MINOR),
     };
-    Ok([
+    let answer = [
         &agreed.encode()[..],
         &CAPABILITIES.answer_to(&proposed).encode(),
-    ]
-    .concat())
+    ];
+    Ok((answer.concat(), proposed))
 }
 
 /// The body of a reply with a fixed layout.

@@ -19,9 +19,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
+use farbus_compute_agent::api::Msix;
 use farbus_compute_agent::vfio_user::Endpoint;
+use farbus_vfio::config::{BarKind, ConfigImage, MsixLayout};
 use farbus_vfio::user::body::{DmaMap, IrqAction, IrqData, SetIrqs, Version};
-use farbus_vfio::user::event::borrow;
+pub(crate) use farbus_vfio::user::event::borrow;
 use farbus_vfio::user::{Client, Command, Header};
 use farbus_vfio::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind,
@@ -98,6 +100,21 @@ impl TestFunction {
             events: Mutex::default(),
             calls: Mutex::default(),
             write_takes: Mutex::default(),
+        }
+    }
+
+    /// One with a configuration space that means something: an NVMe controller's, whose MSI-X has its
+    /// table and pending bits in BAR 0.
+    pub(crate) fn with_msix(layout: MsixLayout) -> Self {
+        let image = ConfigImage::new(0x4642, 1, 0x01_08_02)
+            .bar(0, BarKind::Memory64)
+            .power_management()
+            .msix(layout)
+            .express()
+            .build();
+        Self {
+            config: Mutex::new(image),
+            ..Self::new()
         }
     }
 
@@ -234,10 +251,17 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn start() -> Self {
+        Self::offer(TestFunction::new(), Msix::Auto)
+    }
+
+    /// Offers this function, with MSI-X kept like that.
+    pub(crate) fn offer(function: TestFunction, msix: Msix) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("fn.sock");
-        let function = Arc::new(TestFunction::new());
-        let endpoint = Endpoint::bind(&path, function.clone()).unwrap();
+        let function = Arc::new(function);
+        let endpoint = Endpoint::bind(&path, function.clone())
+            .unwrap()
+            .with_msix(msix);
         let stop = Arc::new(AtomicBool::new(false));
         let thread = std::thread::spawn({
             let stop = stop.clone();

@@ -1,17 +1,11 @@
 //! How the agent is reached: by its socket, or over TCP with certificates.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use farbus_rest::server::{Connections, Peer, Shutdown};
+use farbus_rest::server::{Shutdown, serve_tls};
+use farbus_rest::tls::{Files, TlsListener};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::json;
-use tokio::net::TcpListener;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::server::WebPkiClientVerifier;
-use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 
 use crate::standin::{Agent, Ended, farbus};
 
@@ -53,40 +47,23 @@ fn pki(directory: &Path, name: &str) -> Pki {
     }
 }
 
-/// Serves the agent's script over TLS as well, to who shows a certificate of the same authority.
+/// Serves the agent's script as the daemon serves TCP: to who shows a certificate of its authority.
 fn listen(agent: &Agent, pki: &Pki) -> String {
-    let mut roots = RootCertStore::empty();
-    roots
-        .add(CertificateDer::from_pem_file(&pki.ca).unwrap())
-        .unwrap();
-    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_client_cert_verifier(verifier.build().unwrap())
-        .with_single_cert(
-            vec![CertificateDer::from_pem_file(&pki.cert).unwrap()],
-            PrivateKeyDer::from_pem_file(&pki.key).unwrap(),
-        )
-        .unwrap();
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let files = Files {
+        certificate: pki.cert.clone(),
+        key: pki.key.clone(),
+        client_ca: pki.ca.clone(),
+    };
     let listener = agent
         .runtime()
-        .block_on(TcpListener::bind("127.0.0.1:0"))
+        .block_on(TlsListener::bind("127.0.0.1:0", &files))
         .unwrap();
-    let url = format!("https://{}", listener.local_addr().unwrap());
+    let url = format!("https://{}", listener.address());
     let router = agent.script.router();
+    let (trigger, shutdown) = Shutdown::new();
     agent.runtime().spawn(async move {
-        let (_trigger, shutdown) = Shutdown::new();
-        let connections = Connections::new(router, shutdown);
-        loop {
-            let slot = connections.slot().await;
-            let (stream, address) = listener.accept().await.unwrap();
-            if let Ok(stream) = acceptor.accept(stream).await {
-                connections.start(stream, Peer::Remote { address }, slot);
-            }
-        }
+        let _trigger = trigger;
+        serve_tls(listener, router, shutdown).await;
     });
     url
 }

@@ -1,4 +1,5 @@
-//! Set-up as the compute side does it: connect, agree on a version, claim, ask what was got.
+//! Set-up as the compute side does it: connect, agree on a version, claim, ask what was got. Or,
+//! instead of a claim, ask what there is.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -10,9 +11,13 @@ use super::channel::Channel;
 use super::rdma::Prepared;
 use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Message, NEWEST, OLDEST, ProtocolVersion, Side, Text,
+    Description, Epoch, ExportName, Label, Listed, Message, NEWEST, OLDEST, ProtocolVersion, Side,
+    Text,
 };
 use crate::{FabricError, Link, TcpLink};
+
+/// Most exports that a device server is believed to have.
+const MAX_LISTED: usize = 65_536;
 
 /// An export that is ours.
 pub struct ClaimedLink {
@@ -77,6 +82,69 @@ pub fn claim_over(
     exchange(channel, export, label, None, &Options::tcp())
 }
 
+/// Asks the device server at `address` (`host:port`) what it offers, in rising order of the names.
+/// Nothing is claimed, and no device is touched. `deadline` bounds everything together.
+pub fn list(address: &str, label: &str, deadline: Duration) -> Result<Vec<Listed>, FabricError> {
+    let label = Label::new(label)?;
+    let mut budget = Budget::new(deadline);
+    let addresses = resolve(address, &mut budget)?;
+    let stream = connect(&addresses, &mut budget)?;
+    let link = TcpLink::new(stream, Side::Compute)?;
+    list_on(Channel::new(Box::new(link), budget), label)
+}
+
+/// As [`list`], over a link that is connected already.
+pub fn list_over(
+    link: Box<dyn Link>,
+    label: &str,
+    deadline: Duration,
+) -> Result<Vec<Listed>, FabricError> {
+    let label = Label::new(label)?;
+    list_on(Channel::new(link, Budget::new(deadline)), label)
+}
+
+fn list_on(mut channel: Channel, label: Label) -> Result<Vec<Listed>, FabricError> {
+    let (version, peer) = greet(&mut channel, label)?;
+    if version < ProtocolVersion::V3 {
+        return Err(FabricError::TooOld {
+            peer,
+            version: version.number(),
+            what: "a listing of its exports",
+            needed: ProtocolVersion::V3.number(),
+        });
+    }
+    let mut listed: Vec<Listed> = Vec::new();
+    loop {
+        let after = listed.last().map(|entry| entry.name.clone());
+        channel.send(&Message::List {
+            after: after.clone(),
+        })?;
+        let page = match channel.receive("the listing of the exports")? {
+            Message::Listing(page) => page,
+            other => return Err(unexpected(other, "Listing")),
+        };
+        // The decoder has seen to the order within a page; that each begins after the one before
+        // is what ends this loop.
+        if let (Some(after), Some(first)) = (&after, page.entries.first()) {
+            if first.name <= *after {
+                return Err(FabricError::violation(format!(
+                    "export {} was listed in answer to what follows {after}",
+                    first.name
+                )));
+            }
+        }
+        listed.extend(page.entries);
+        if listed.len() > MAX_LISTED {
+            return Err(FabricError::violation(format!(
+                "more than {MAX_LISTED} exports were listed"
+            )));
+        }
+        if !page.more {
+            return Ok(listed);
+        }
+    }
+}
+
 fn exchange(
     mut channel: Channel,
     export: &ExportName,
@@ -84,15 +152,7 @@ fn exchange(
     local: Option<IpAddr>,
     options: &Options,
 ) -> Result<ClaimedLink, FabricError> {
-    channel.send(&Message::Hello {
-        oldest: OLDEST.number(),
-        newest: NEWEST.number(),
-        label,
-    })?;
-    let (version, peer) = match channel.receive("the device server's welcome")? {
-        Message::Welcome { version, label } => (version, label),
-        other => return Err(unexpected(other, "Welcome")),
-    };
+    let (version, peer) = greet(&mut channel, label)?;
     channel.send(&Message::Claim {
         export: export.clone(),
     })?;
@@ -128,6 +188,19 @@ fn exchange(
         peer,
         provider,
     })
+}
+
+/// Says hello, and hears which version is spoken and by whom.
+fn greet(channel: &mut Channel, label: Label) -> Result<(ProtocolVersion, Label), FabricError> {
+    channel.send(&Message::Hello {
+        oldest: OLDEST.number(),
+        newest: NEWEST.number(),
+        label,
+    })?;
+    match channel.receive("the device server's welcome")? {
+        Message::Welcome { version, label } => Ok((version, label)),
+        other => Err(unexpected(other, "Welcome")),
+    }
 }
 
 /// Agrees with the device side on what carries the claim.

@@ -1,7 +1,7 @@
 //! Set-up as the device side does it.
 //!
-//! The states are types: [`Incoming`] has agreed on a version, [`ClaimRequest`] names an export
-//! that it wants, [`Granted`] has it. Only the last yields a link. Each can be refused with a
+//! The states are types: [`Incoming`] has agreed on a version, [`ListRequest`] wants to know what
+//! there is, [`ClaimRequest`] names an export that it wants, [`Granted`] has it. Only the last yields a link. Each can be refused with a
 //! reason, after which the connection closes.
 
 use std::error::Error;
@@ -13,8 +13,8 @@ use super::channel::Channel;
 use super::rdma::Prepared;
 use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Message, NEWEST, OLDEST, ProtocolVersion, RdmaEndpoint,
-    RefusalCode, Side, Text, negotiate,
+    Description, Epoch, ExportName, Label, Listed, Listing, Message, NEWEST, OLDEST,
+    ProtocolVersion, RdmaEndpoint, RefusalCode, Side, Text, negotiate,
 };
 use crate::{FabricError, Link, TcpLink};
 
@@ -27,12 +27,20 @@ pub struct Incoming {
 pub enum Request {
     /// An export.
     Claim(ClaimRequest),
+    /// To be told what there is to claim.
+    List(ListRequest),
 }
 
 /// A peer that waits for the answer to its claim.
 pub struct ClaimRequest {
     session: Session,
     export: ExportName,
+}
+
+/// A peer that waits to be told what there is.
+pub struct ListRequest {
+    session: Session,
+    after: Option<ExportName>,
 }
 
 /// A peer that has its claim.
@@ -119,13 +127,57 @@ impl Incoming {
                 session: self.session,
                 export,
             })),
+            Message::List { after } if self.session.version >= ProtocolVersion::V3 => {
+                Ok(Request::List(ListRequest {
+                    session: self.session,
+                    after,
+                }))
+            }
             other => Err(unexpected(channel, &other, "Claim")),
+        }
+    }
+
+    /// Waits for a claim, for those who have nothing else to offer.
+    pub fn next_claim(self) -> Result<ClaimRequest, FabricError> {
+        match self.next_request()? {
+            Request::Claim(request) => Ok(request),
+            Request::List(mut request) => {
+                let channel = &mut request.session.channel;
+                let asked = Message::List { after: None };
+                Err(unexpected(channel, &asked, "Claim"))
+            }
         }
     }
 
     /// Sends the peer away.
     pub fn refuse(mut self, code: RefusalCode, text: &str) -> Result<(), FabricError> {
         refuse(&mut self.session.channel, code, text)
+    }
+}
+
+impl ListRequest {
+    /// The peer knows the exports up to this one, in order of their names, and asks for those
+    /// after it.
+    pub fn after(&self) -> Option<&ExportName> {
+        self.after.as_ref()
+    }
+
+    /// How the peer names itself.
+    pub fn peer(&self) -> &Label {
+        &self.session.peer
+    }
+
+    /// Answers, after which the peer may ask for something else. The exports have to be in rising
+    /// order of their names; those that do not fit an answer are left for the next.
+    pub fn answer(
+        mut self,
+        exports: impl IntoIterator<Item = Listed>,
+    ) -> Result<Incoming, FabricError> {
+        let listing = Listing::page(exports);
+        self.session.channel.send(&Message::Listing(listing))?;
+        Ok(Incoming {
+            session: self.session,
+        })
     }
 }
 

@@ -41,6 +41,7 @@ impl Kind {
         match self {
             Kind::Hello
             | Kind::Claim
+            | Kind::List
             | Kind::Describe
             | Kind::ConfigRead
             | Kind::ConfigWrite
@@ -54,6 +55,7 @@ impl Kind {
             Kind::Welcome
             | Kind::Refused
             | Kind::Claimed
+            | Kind::Listing
             | Kind::Description
             | Kind::EngineNotice
             | Kind::Value
@@ -75,7 +77,12 @@ impl Kind {
     fn fits(self, epoch: Epoch) -> bool {
         match self {
             Kind::Refused => true,
-            Kind::Hello | Kind::Welcome | Kind::Claim | Kind::Claimed => epoch == Epoch::NONE,
+            Kind::Hello
+            | Kind::Welcome
+            | Kind::Claim
+            | Kind::Claimed
+            | Kind::List
+            | Kind::Listing => epoch == Epoch::NONE,
             _ => epoch != Epoch::NONE,
         }
     }

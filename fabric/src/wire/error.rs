@@ -1,6 +1,6 @@
 //! Why bytes are no valid message, or a message cannot be put into bytes.
 
-use super::{Direction, Epoch, Kind, Side, Tag};
+use super::{Direction, Epoch, ExportName, Kind, Side, Tag};
 
 /// What a decoder or encoder objects to, with the values it met.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -162,6 +162,14 @@ pub enum WireError {
         index: u8,
         /// The one before.
         previous: u8,
+    },
+    /// Exports that are not in rising order of their names.
+    #[error("export {name} is listed after {previous}")]
+    ListingOrder {
+        /// The name.
+        name: ExportName,
+        /// The one before.
+        previous: ExportName,
     },
     /// A message that the side it comes from does not send.
     #[error("a {kind} message never comes from the {from} side")]

@@ -9,7 +9,9 @@ use std::fmt;
 use super::codec::Reader;
 use super::complete::ENTRY_LEN as COMPLETE_ENTRY;
 use super::submit::ENTRY_LEN as SUBMIT_ENTRY;
-use super::{Epoch, HEADER_LEN, MAX_CONTROL, MAX_ENTRIES, MAX_PAYLOAD, WireError};
+use super::{
+    Epoch, ExportName, HEADER_LEN, Listing, MAX_CONTROL, MAX_ENTRIES, MAX_PAYLOAD, WireError,
+};
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $min:expr, $max:expr;)*) => {
@@ -66,6 +68,10 @@ kinds! {
     Description = 0x07, 24 + 256, MAX_CONTROL as u32;
     /// The engine's part of the description has changed.
     EngineNotice = 0x08, 4, 4 + 32 * 1024;
+    /// Asks what there is to claim, instead of claiming.
+    List = 0x0a, 2, 2 + ExportName::MAX as u32;
+    /// What there is to claim.
+    Listing = 0x0b, Listing::HEAD as u32, MAX_CONTROL as u32;
     /// Reads config space.
     ConfigRead = 0x10, 8, 8;
     /// Writes config space; posted.

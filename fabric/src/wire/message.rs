@@ -7,8 +7,8 @@
 use super::codec::{in_range, within};
 use super::description::check_blob;
 use super::{
-    Data, Description, Epoch, ExportName, FaultCode, InterruptKind, Kind, Label, ProtocolVersion,
-    RdmaEndpoint, RdmaKey, RefusalCode, Region, RequestId, Text, WireError,
+    Data, Description, Epoch, ExportName, FaultCode, InterruptKind, Kind, Label, Listing,
+    ProtocolVersion, RdmaEndpoint, RdmaKey, RefusalCode, Region, RequestId, Text, WireError,
 };
 
 /// A message without entries. Each variant is the [`Kind`] of the same name.
@@ -44,6 +44,10 @@ pub enum Message {
     EngineNotice {
         blob: Vec<u8>,
     },
+    List {
+        after: Option<ExportName>,
+    },
+    Listing(Listing),
     ConfigRead {
         request: RequestId,
         offset: u16,
@@ -115,6 +119,8 @@ impl Message {
             Message::Describe => Kind::Describe,
             Message::Description(_) => Kind::Description,
             Message::EngineNotice { .. } => Kind::EngineNotice,
+            Message::List { .. } => Kind::List,
+            Message::Listing(_) => Kind::Listing,
             Message::ConfigRead { .. } => Kind::ConfigRead,
             Message::ConfigWrite { .. } => Kind::ConfigWrite,
             Message::RegisterRead { .. } => Kind::RegisterRead,
@@ -145,6 +151,7 @@ impl Message {
             }
             Message::Description(description) => description.check(),
             Message::EngineNotice { blob } => check_blob(blob),
+            Message::Listing(listing) => listing.check(),
             Message::ConfigRead { offset, len, .. } => {
                 in_range(
                     "the length of a config space read",

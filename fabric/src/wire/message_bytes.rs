@@ -3,8 +3,9 @@
 use super::bounded::utf8;
 use super::codec::{Put, Reader, in_range};
 use super::{
-    Data, Description, Epoch, ExportName, FaultCode, Header, InterruptKind, Kind, Label, MAGIC,
-    Message, ProtocolVersion, RdmaEndpoint, RdmaKey, RefusalCode, RequestId, Text, WireError,
+    Data, Description, Epoch, ExportName, FaultCode, Header, InterruptKind, Kind, Label, Listing,
+    MAGIC, Message, ProtocolVersion, RdmaEndpoint, RdmaKey, RefusalCode, RequestId, Text,
+    WireError,
 };
 
 impl Message {
@@ -50,6 +51,10 @@ impl Message {
                 out.put_u32(blob.len() as u32);
                 out.put_bytes(blob);
             }
+            Message::List { after } => {
+                put_text(out, after.as_ref().map_or("", ExportName::as_str));
+            }
+            Message::Listing(listing) => listing.encode(out),
             Message::ConfigRead {
                 request,
                 offset,
@@ -188,6 +193,16 @@ impl Message {
                     blob: reader.bytes(len as usize)?.to_vec(),
                 }
             }
+            Kind::List => {
+                let after = utf8("an export name", take_counted(reader)?)?;
+                Message::List {
+                    after: match after {
+                        "" => None,
+                        after => Some(ExportName::new(after)?),
+                    },
+                }
+            }
+            Kind::Listing => Message::Listing(Listing::decode(reader)?),
             Kind::ConfigRead => Message::ConfigRead {
                 request: RequestId(reader.u32()?),
                 offset: reader.u16()?,

@@ -10,6 +10,7 @@
 mod congestion;
 mod hostile;
 mod link;
+mod listing;
 mod provider;
 mod revoke;
 mod session;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use farbus_fabric::provider::{Choice, Options, Provider, Wanted};
 use farbus_fabric::session::client::{ClaimedLink, claim_by};
-use farbus_fabric::session::server::{Incoming, Request};
+use farbus_fabric::session::server::Incoming;
 use farbus_fabric::wire::*;
 use farbus_fabric::{FabricError, Link, TcpLink};
 
@@ -42,8 +42,8 @@ fn server(options: Options) -> (String, JoinHandle<Served>) {
     let address = listener.local_addr().unwrap().to_string();
     let serve = move || {
         let stream = listener.accept().unwrap().0;
-        let Request::Claim(claim) = Incoming::handshake(stream, "server", LONG)?.next_request()?;
-        claim
+        Incoming::handshake(stream, "server", LONG)?
+            .next_claim()?
             .grant(EPOCH, 1 << 20, 64)?
             .describe_by(description(), &options)
     };

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use farbus_fabric::session::client::{ClaimedLink, claim, claim_over};
-use farbus_fabric::session::server::{ClaimRequest, Incoming, Request};
+use farbus_fabric::session::server::{ClaimRequest, Incoming};
 use farbus_fabric::wire::*;
 use farbus_fabric::{FabricError, Link, TcpLink};
 
@@ -52,9 +52,7 @@ fn listener() -> (TcpListener, String) {
 }
 
 fn next_claim(stream: TcpStream, deadline: Duration) -> Result<ClaimRequest, FabricError> {
-    match Incoming::handshake(stream, "server", deadline)?.next_request()? {
-        Request::Claim(request) => Ok(request),
-    }
+    Incoming::handshake(stream, "server", deadline)?.next_claim()
 }
 
 fn serve(stream: TcpStream, deadline: Duration) -> Result<Box<dyn Link>, FabricError> {
@@ -79,7 +77,7 @@ fn a_claim_yields_what_the_server_grants_and_a_link_of_that_epoch() {
         let incoming = Incoming::handshake(listener.accept().unwrap().0, "server", LONG).unwrap();
         assert_eq!(incoming.peer().as_str(), "agent");
         assert_eq!(incoming.version(), ProtocolVersion::V3);
-        let Request::Claim(request) = incoming.next_request().unwrap();
+        let request = incoming.next_claim().unwrap();
         assert_eq!(request.export(), &export());
         let granted = request.grant(EPOCH, 1 << 20, 64).unwrap();
         granted.describe(description()).unwrap()

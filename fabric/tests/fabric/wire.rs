@@ -128,7 +128,7 @@ fn kinds_are_found_by_their_numbers() {
         assert_eq!(Kind::from_number(kind.number()), Some(*kind));
     }
     assert_eq!(Kind::from_number(0), None);
-    assert_eq!(Kind::ALL.len(), 28);
+    assert_eq!(Kind::ALL.len(), 30);
 }
 
 /// `docs/protocol.md`, RDMA.

@@ -38,6 +38,8 @@ pub(crate) fn any_message() -> impl Strategy<Value = Message> {
         Just(Message::Describe),
         any_description().prop_map(|description| Message::Description(Box::new(description))),
         vec(any::<u8>(), 0..500).prop_map(|blob| Message::EngineNotice { blob }),
+        proptest::option::of(any_export_name()).prop_map(|after| Message::List { after }),
+        any_listing().prop_map(Message::Listing),
         (request(), config_offset(), 1..=64_u16).prop_map(|(request, offset, len)| {
             Message::ConfigRead {
                 request,
@@ -89,6 +91,57 @@ pub(crate) fn any_message() -> impl Strategy<Value = Message> {
         proptest::option::of(text()).prop_map(|text| Message::RdmaChoice(text.map_or(Ok(()), Err))),
         vec(any_key(), 1..=64).prop_map(Message::RdmaKeys),
     ]
+}
+
+fn any_export_name() -> impl Strategy<Value = ExportName> {
+    "[A-Za-z0-9._-]{1,64}".prop_map(|name| ExportName::new(&name).unwrap())
+}
+
+fn any_listed() -> impl Strategy<Value = Listed> {
+    let label = || "[ -~é]{0,32}".prop_map(|text| Label::new(&text).unwrap());
+    let text = || "\\PC{0,60}".prop_map(|text| Text::truncated(&text));
+    let state = proptest::sample::select(vec![
+        ListedState::Free,
+        ListedState::Claimed,
+        ListedState::Failed,
+        ListedState::Draining,
+    ]);
+    let ids = (0..1_u32 << 24, any::<u16>(), any::<u16>());
+    let strings = (any_export_name(), label(), label(), text(), text());
+    let capacity = proptest::option::of(1..=u64::MAX);
+    let block_size = proptest::option::of(1..=u32::MAX);
+    let numa_node = proptest::option::of(0..u16::MAX);
+    (ids, strings, capacity, block_size, numa_node, state).prop_map(
+        |(ids, strings, capacity, block_size, numa_node, state)| {
+            let (class, vendor, device) = ids;
+            let (name, model, serial, holder, why) = strings;
+            Listed {
+                name,
+                class,
+                vendor,
+                device,
+                model,
+                serial,
+                capacity,
+                block_size,
+                numa_node,
+                state,
+                holder,
+                why,
+            }
+        },
+    )
+}
+
+fn any_listing() -> impl Strategy<Value = Listing> {
+    (vec(any_listed(), 0..6), any::<bool>()).prop_map(|(mut entries, more)| {
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        entries.dedup_by(|a, b| a.name == b.name);
+        Listing {
+            more: more && !entries.is_empty(),
+            entries,
+        }
+    })
 }
 
 pub(crate) fn any_endpoint() -> impl Strategy<Value = RdmaEndpoint> {

@@ -5,8 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use farbus_fabric::wire::{
-    CompleteBatch, CompleteEntry, Data, Direction, Epoch, Header, Kind, Label, Message, Placement,
-    QueueId, RdmaEndpoint, RdmaKey, RequestId, SubmitBatch, Tag,
+    CompleteBatch, CompleteEntry, Data, Direction, Epoch, ExportName, Header, Kind, Label, Listed,
+    ListedState, Listing, Message, Placement, QueueId, RdmaEndpoint, RdmaKey, RequestId,
+    SubmitBatch, Tag, Text,
 };
 use farbus_fuzz::{device, guest};
 use farbus_vfio::config::{BarKind, ConfigImage, MsixLayout};
@@ -154,6 +155,25 @@ fn fabric() -> Vec<Seed> {
         key: 3,
         alive: true,
     };
+    let name = ExportName::new("disk0").expect("a name");
+    let listing = Message::Listing(Listing {
+        entries: vec![Listed {
+            name: name.clone(),
+            class: 0x01_0802,
+            vendor: 0x1b36,
+            device: 0x0010,
+            model: Label::truncated("model"),
+            serial: Label::truncated("serial"),
+            capacity: Some(1 << 30),
+            block_size: Some(512),
+            numa_node: None,
+            state: ListedState::Claimed,
+            holder: Text::truncated("somebody"),
+            why: Text::default(),
+        }],
+        more: true,
+    });
+    let list = Message::List { after: Some(name) };
     let ping = Message::Ping { nonce: 9 };
     let reset = Message::Reset {
         request: RequestId(1),
@@ -164,6 +184,11 @@ fn fabric() -> Vec<Seed> {
     };
     vec![
         ("hello", [vec![set_up], plain(&hello, 0)].concat()),
+        (
+            "list",
+            [vec![set_up], plain(&list, 0), plain(&list, 0)].concat(),
+        ),
+        ("listing", [vec![0x82], plain(&listing, 0)].concat()),
         (
             "rdma",
             [

@@ -9,6 +9,7 @@ pub mod description;
 pub mod device;
 pub mod identify;
 pub mod prp;
+pub mod record;
 pub mod ring;
 mod slots;
 pub mod transfer;

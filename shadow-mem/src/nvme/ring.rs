@@ -18,6 +18,10 @@ impl SubmissionRing {
             tail: 0,
         }
     }
+    /// A ring as it was left; `None` if that cannot be.
+    pub fn resume(size: u32, head: u32, tail: u32) -> Option<Self> {
+        (head < size && tail < size).then_some(Self { size, head, tail })
+    }
     /// Takes a tail doorbell; says whether the value is one the ring can have.
     pub fn set_tail(&mut self, tail: u32) -> bool {
         let valid = tail < self.size;
@@ -66,6 +70,17 @@ impl CompletionRing {
             tail: 0,
             phase: true,
         }
+    }
+    /// A ring as it was left, with the number of entries that were ever posted; `None` if that
+    /// cannot be.
+    pub fn resume(size: u32, head: u32, posted: u64) -> Option<Self> {
+        let (passes, tail) = (posted / u64::from(size), posted % u64::from(size));
+        (head < size).then_some(Self {
+            size,
+            head,
+            tail: tail as u32,
+            phase: passes % 2 == 0,
+        })
     }
     fn used(&self) -> u32 {
         (self.tail + self.size - self.head) % self.size

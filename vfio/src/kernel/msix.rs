@@ -5,7 +5,7 @@
 use std::io;
 use std::ops::Range;
 
-use crate::config::{LEGACY_SIZE, STATUS_CAPABILITIES, cap, header};
+use crate::config::find_msix;
 use crate::function::RegionIndex;
 
 /// Bytes of an entry (PCI 3.0 §6.8.2.9).
@@ -16,40 +16,15 @@ const ENTRY: u64 = 16;
 pub(super) fn table_of(
     read: impl Fn(u16, &mut [u8]) -> io::Result<()>,
 ) -> Option<(RegionIndex, Range<u64>)> {
-    let read16 = |at: usize| {
-        let mut bytes = [0; 2];
-        read(at as u16, &mut bytes).ok()?;
-        Some(u16::from_le_bytes(bytes))
-    };
-    if read16(header::STATUS)? & STATUS_CAPABILITIES == 0 {
-        return None;
-    }
-    let mut at = usize::from(read16(header::CAPABILITIES)? & 0xfc);
-    // Capabilities are dwords, so that a chain is a circle when it is longer than this.
-    for _ in 0..LEGACY_SIZE / 4 {
-        if at < header::END {
-            return None;
-        }
-        let [id, next] = read16(at)?.to_le_bytes();
-        if id == cap::MSIX {
-            let entries = u64::from(read16(at + cap::MSIX_CONTROL)? & 0x7ff) + 1;
-            let low = u64::from(read16(at + cap::MSIX_TABLE)?);
-            let table = low | u64::from(read16(at + cap::MSIX_TABLE + 2)?) << 16;
-            let start = table & !7;
-            return Some((
-                RegionIndex((table & 7) as u8),
-                start..start + ENTRY * entries,
-            ));
-        }
-        at = usize::from(next & 0xfc);
-    }
-    None
+    let (_, layout) = find_msix(read)?;
+    let (region, start) = layout.table;
+    Some((region, start..start + ENTRY * u64::from(layout.vectors)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{BarKind, ConfigImage, MsixLayout};
+    use crate::config::{BarKind, ConfigImage, MsixLayout, header};
 
     fn find(image: &[u8]) -> Option<(RegionIndex, Range<u64>)> {
         table_of(|at, data| {

@@ -50,7 +50,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use identity::{DEVICE, VENDOR};
 pub use open::BackingError;
-pub use options::{DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, Medium, OptionError, SoftNvmeConfig};
+pub use options::{
+    DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, Medium, OptionError, SoftNvmeConfig, parse_size,
+};
 
 use crate::config::{BarKind, ConfigEffect, ConfigImage, ConfigSpace, MsixLayout, PowerState};
 use crate::function::{

@@ -188,7 +188,7 @@ impl FromStr for SoftNvmeConfig {
 
 impl SoftNvmeConfig {
     /// What the types leave open, for those that were not parsed too.
-    pub(super) fn check(&self) -> Result<(), OptionError> {
+    pub fn check(&self) -> Result<(), OptionError> {
         match &self.medium {
             Medium::File(path) if path.as_os_str().is_empty() => return Err(OptionError::NoPath),
             Medium::Memory | Medium::Null if self.size.is_none() => {
@@ -218,7 +218,7 @@ fn is_serial(text: &str) -> bool {
 }
 
 /// A number of bytes, more than none, from text such as `1GiB`.
-fn parse_size(text: &str) -> Option<u64> {
+pub fn parse_size(text: &str) -> Option<u64> {
     let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
     let (digits, shift) = units
         .iter()

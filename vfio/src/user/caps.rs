@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::wire::WireError;
@@ -11,8 +12,8 @@ use super::wire::WireError;
 pub const MAX_VERSION_DATA: usize = 16 << 10;
 
 /// What an end can do (specification, `VFIO_USER_VERSION`). An absent member has the
-/// specification's default. Members that are not listed here, such as `migration` and
-/// `twin_socket`, are ignored.
+/// specification's default. Members that are not listed here, such as `twin_socket`, are
+/// ignored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capabilities {
     /// File descriptors that the sender takes in one message; 1 when absent.
@@ -30,6 +31,10 @@ pub struct Capabilities {
     /// Whether `VFIO_USER_REGION_WRITE_MULTI` is understood; false when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub write_multiple: Option<bool>,
+    /// Whether the sender has anything to say of migration; what, is not looked at, and nothing is
+    /// ever said of it here.
+    #[serde(default, skip_serializing, deserialize_with = "is_there")]
+    pub migration: bool,
 }
 
 impl Capabilities {
@@ -48,7 +53,15 @@ impl Capabilities {
             write_multiple: self
                 .write_multiple
                 .filter(|_| proposed.write_multiple.is_some()),
+            migration: false,
         }
+    }
+
+    /// Whether the sender is QEMU, as far as can be told. Of the VMMs it alone proposes coalesced
+    /// writes together with a word on migration: cloud-hypervisor has the second only, the client of
+    /// this crate the first.
+    pub fn are_qemus(&self) -> bool {
+        self.write_multiple == Some(true) && self.migration
     }
 
     /// Reads version data: nothing at all, or JSON that ends in a NUL byte.
@@ -95,6 +108,34 @@ impl Capabilities {
     }
 }
 
+fn is_there<'de, D: Deserializer<'de>>(member: D) -> Result<bool, D::Error> {
+    IgnoredAny::deserialize(member).map(|_| true)
+}
+
 fn unreadable(error: &serde_json::Error) -> WireError {
     WireError::BadVersionData(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(json: &str) -> Capabilities {
+        Capabilities::decode(format!("{json}\0").as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn qemu_is_told_from_other_clients_by_what_it_proposes() {
+        let qemu = decode(
+            r#"{"capabilities": {"migration": {"pgsize": 4096, "max_bitmap_size": 65536}, "max_msg_fds": 8,
+                "write_multiple": true, "max_dma_maps": 65535, "pgsizes": 4096, "max_data_xfer_size": 1048576}}"#,
+        );
+        let cloud_hypervisor =
+            decode(r#"{"capabilities": {"max_msg_fds": 1, "migration": {"pgsize": 4096}}}"#);
+        let ours = decode(r#"{"capabilities": {"max_msg_fds": 16, "write_multiple": true}}"#);
+        assert!(qemu.are_qemus());
+        assert!(!cloud_hypervisor.are_qemus());
+        assert!(!ours.are_qemus());
+        assert!(!Capabilities::default().are_qemus());
+    }
 }

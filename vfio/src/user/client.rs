@@ -77,6 +77,7 @@ impl Client {
             max_dma_maps: Some(MAX_DMA_MAPS as u64),
             pgsizes: Some(DMA_PAGE),
             write_multiple: Some(true),
+            migration: false,
         };
         let version = Version {
             major: VERSION_MAJOR,

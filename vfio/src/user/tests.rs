@@ -29,6 +29,7 @@ fn any_capabilities() -> impl Strategy<Value = Capabilities> {
             max_dma_maps,
             pgsizes,
             write_multiple,
+            migration: false,
         },
     )
 }

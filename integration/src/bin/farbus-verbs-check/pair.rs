@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use farbus_fabric::provider::{Options, Provider, Wanted};
 use farbus_fabric::session::client;
-use farbus_fabric::session::server::{Incoming, Request};
+use farbus_fabric::session::server::Incoming;
 use farbus_fabric::wire::{
     Description, EngineKind, Epoch, ExportName, Header, InterruptCounts, Message,
 };
@@ -55,7 +55,7 @@ pub(crate) fn options() -> Options {
 
 /// The device side of a connection that has come in.
 pub(crate) fn accept(stream: TcpStream, epoch: u64) -> Result<End, FabricError> {
-    let Request::Claim(claim) = Incoming::handshake(stream, "check", PATIENCE)?.next_request()?;
+    let claim = Incoming::handshake(stream, "check", PATIENCE)?.next_claim()?;
     let description = Description {
         config: vec![0; Description::MIN_CONFIG],
         regions: Vec::new(),

@@ -25,10 +25,12 @@ impl ComputeHalf {
     /// Looks at an admin command before it is sent.
     pub(super) fn admit(&mut self, mut sqe: SubmissionEntry) -> Verdict {
         if let Some((status, result)) = self.answer_coalescing(&sqe) {
+            self.changed = true;
             return Verdict::Complete(status, result);
         }
         let verdict = match sqe.opcode() {
             admin::DOORBELL_BUFFER => {
+                self.changed = true;
                 return Verdict::Complete(self.configure_doorbells(&sqe), 0);
             }
             admin::CREATE_CQ => self.check_create_cq(&sqe),
@@ -64,6 +66,7 @@ impl ComputeHalf {
             }
             return result;
         }
+        self.changed = true;
         let queue = sqe.dword(10) as u16;
         match sqe.opcode() {
             admin::CREATE_CQ => {
@@ -71,12 +74,14 @@ impl ComputeHalf {
                 let made = CompletionQueue::new(sqe.prp1(), queue_size(sqe), vector);
                 self.clear_doorbell(queue, true);
                 self.queues.completion.insert(queue, made);
+                self.record_new_completion(queue);
             }
             admin::CREATE_SQ => {
                 let completion = (sqe.dword(11) >> 16) as u16;
                 let made = SubmissionQueue::new(sqe.prp1(), queue_size(sqe), completion);
                 self.clear_doorbell(queue, false);
                 self.queues.submission.insert(queue, made);
+                self.record_new_submission(queue);
             }
             admin::DELETE_SQ => {
                 self.queues.submission.remove(queue);
@@ -84,7 +89,7 @@ impl ComputeHalf {
             admin::DELETE_CQ => {
                 let gone = self.queues.completion.remove(queue);
                 for tag in gone.into_iter().flat_map(|cq| cq.held) {
-                    self.tags.free(tag);
+                    self.forget(tag);
                 }
             }
             admin::SET_FEATURES => {
@@ -107,6 +112,7 @@ impl ComputeHalf {
     fn set_deleting(&mut self, sqe: &SubmissionEntry, deleting: bool) {
         if let Some(sq) = self.queues.sq(sqe.dword(10) as u16) {
             sq.deleting = deleting;
+            self.changed = true;
         }
     }
 

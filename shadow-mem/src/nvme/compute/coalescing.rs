@@ -69,14 +69,14 @@ impl ComputeHalf {
 }
 
 /// Aggregation threshold, 0's based, and time.
-fn decode(dword: u32) -> Coalescing {
+pub(super) fn decode(dword: u32) -> Coalescing {
     Coalescing {
         completions: (dword & 0xff) + 1,
         time: TIME_UNIT * (dword >> 8 & 0xff),
     }
 }
 
-fn encode(coalescing: Coalescing) -> u32 {
+pub(super) fn encode(coalescing: Coalescing) -> u32 {
     let time = coalescing.time.as_micros() / TIME_UNIT.as_micros();
     coalescing.completions.saturating_sub(1) | (time as u32) << 8
 }

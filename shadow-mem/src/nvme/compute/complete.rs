@@ -32,11 +32,15 @@ impl Sink for ComputeHalf {
 
     fn deliver(&mut self, header: &Header, control: &[u8]) -> Result<(), FabricError> {
         if header.kind == Kind::Complete {
+            if let Some(record) = &mut self.record {
+                record.set_time();
+            }
             for entry in Complete::decode(header, control)?.entries() {
                 self.completed(&entry)?;
             }
             self.landing.clear();
             self.interrupts.signal();
+            self.commit();
             return Ok(());
         }
         match Message::decode(header, control)? {
@@ -52,10 +56,15 @@ impl Sink for ComputeHalf {
                 self.device_failed(&format!("{code:?}: {}", text.as_str()));
             }
             Message::Ping { nonce } => self.pong = Some(nonce),
-            Message::Pong { .. } => {}
+            Message::Pong { .. } => {
+                if let Some(record) = &mut self.record {
+                    record.pong();
+                }
+            }
             // Everything else is the link's own business or has no meaning to this engine.
             other => debug!("ignored {other:?}"),
         }
+        self.commit();
         Ok(())
     }
 }
@@ -96,14 +105,23 @@ impl ComputeHalf {
             self.replayed(&sqe, status);
             return Ok(());
         }
+        let transfer = command.transfer;
         let result = match queue {
             0 => {
+                if let Some(record) = &self.record {
+                    record.returned(entry.tag, status, entry.result);
+                }
                 if status.is_success() && identify::is_of_controller(&sqe) {
                     self.offer_doorbells(data.0, data.1);
                 }
                 self.settle(&sqe, status, entry.result)
             }
-            _ => entry.result,
+            _ => {
+                if let Some(record) = &self.record {
+                    record.count(entry.tag, sqe.opcode(), transfer, status);
+                }
+                entry.result
+            }
         };
         self.complete(entry.tag, status, result);
         Ok(())
@@ -117,6 +135,9 @@ impl ComputeHalf {
         self.shadow.release(std::mem::take(&mut command.shadow));
         let (queue, completion_queue) = (command.queue, command.completion_queue);
         command.state = State::Held { status, result };
+        if let Some(record) = &mut self.record {
+            record.held(tag, status, result);
+        }
         if let Some(sq) = self.queues.sq(queue) {
             sq.outstanding = sq.outstanding.saturating_sub(1);
         }
@@ -125,12 +146,24 @@ impl ComputeHalf {
                 cq.held.push_back(tag);
                 self.post_held(completion_queue);
             }
-            None => self.tags.free(tag),
+            None => self.forget(tag),
         }
+    }
+
+    /// A command is over, for the guest or for nobody.
+    pub(super) fn forget(&mut self, tag: Tag) {
+        if let Some(record) = &self.record {
+            record.freed(tag);
+        }
+        self.tags.free(tag);
     }
 
     /// Posts held completions while there is room.
     pub(super) fn post_held(&mut self, id: u16) {
+        // What the guest is told of has to be there after a kill.
+        if id == 0 {
+            self.commit();
+        }
         while let Some(cq) = self.queues.cq(id) {
             if cq.held.is_empty() || cq.ring.is_full() && !self.finds_room(id) {
                 return;
@@ -157,8 +190,14 @@ impl ComputeHalf {
                 phase: false,
             };
             let vector = cq.vector;
+            if let Some(record) = &self.record {
+                record.posting(tag, cq.posted);
+            }
             let posted = cq.post(&self.memory, entry);
-            self.tags.free(tag);
+            if let Some(record) = &self.record {
+                record.set_posted(id, cq.posted);
+            }
+            self.forget(tag);
             match posted {
                 Ok(()) => vector.into_iter().for_each(|v| self.interrupts.raise(v)),
                 Err(error) => return self.fail(&format!("completion queue {id}: {error}")),

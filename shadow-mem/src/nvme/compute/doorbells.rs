@@ -24,8 +24,8 @@ use crate::shadow::ShadowRange;
 /// Where the guest keeps its doorbells.
 #[derive(Clone, Copy)]
 pub(super) struct ShadowDoorbells {
-    values: Iova,
-    event_indices: Iova,
+    pub(super) values: Iova,
+    pub(super) event_indices: Iova,
 }
 
 /// Where in either page the doorbell of a queue is; CAP.DSTRD is 0.
@@ -128,9 +128,14 @@ impl ComputeHalf {
         let Some(values) = values else {
             return false;
         };
+        let record = &self.record;
         let mut look = || {
             self.queues.completion.get_mut(id).is_some_and(|cq| {
-                load(&values, at).is_some_and(|head| cq.ring.set_head(head)) && !cq.ring.is_full()
+                let moved = load(&values, at).is_some_and(|head| cq.ring.set_head(head));
+                if let (true, Some(record)) = (moved, record) {
+                    record.set_head(id, cq.ring.head());
+                }
+                moved && !cq.ring.is_full()
             })
         };
         if look() {

@@ -156,6 +156,20 @@ impl Interrupts {
         }
     }
 
+    /// Which vectors are masked (bit 0) or exempt from coalescing (bit 1).
+    pub(super) fn dump(&self) -> Vec<u8> {
+        let flags = |vector: &Vector| u8::from(vector.masked) | u8::from(vector.exempt) << 1;
+        self.vectors.iter().map(flags).collect()
+    }
+
+    /// As [`Self::dump`] had it.
+    pub(super) fn restore(&mut self, flags: &[u8]) {
+        for (vector, flags) in self.vectors.iter_mut().zip(flags) {
+            vector.masked = flags & 1 != 0;
+            vector.exempt = flags & 2 != 0;
+        }
+    }
+
     /// Forgets what is pending and how it is coalesced; the eventfds stay.
     pub(super) fn reset(&mut self) {
         self.forget_coalescing();

@@ -88,12 +88,15 @@ impl ComputeHalf {
         };
         // A guest that has not waited for the last disable to end waits now.
         self.registers.csts &= !(csts::RDY | csts::SHST_MASK);
+        self.begin_era();
         self.queues.clear();
         self.features.clear();
         let sq = SubmissionQueue::new(asq, asq_size, 0);
         self.queues.submission.insert(0, sq);
         let cq = CompletionQueue::new(acq, acq_size, Some(0));
         self.queues.completion.insert(0, cq);
+        self.record_new_submission(0);
+        self.record_new_completion(0);
         self.life.phase = Phase::Enabling;
     }
 
@@ -112,7 +115,7 @@ impl ComputeHalf {
         }
     }
 
-    fn disabled(&mut self) {
+    pub(super) fn disabled(&mut self) {
         self.life.phase = Phase::Disabled;
         self.registers.csts &= !(csts::RDY | csts::SHST_MASK);
     }
@@ -132,6 +135,7 @@ impl ComputeHalf {
         self.life.stop = false;
         self.life.configure = false;
         self.life.reset = true;
+        self.commit();
     }
 
     /// The controller cannot go on: the guest sees CSTS.CFS, and resets it.
@@ -140,11 +144,13 @@ impl ComputeHalf {
             warn!("the guest's controller failed: {why}");
             self.life.phase = Phase::Fatal;
             self.registers.csts |= csts::CFS;
+            self.changed = true;
         }
     }
 
     /// The device is off, and with it every command that it had.
     fn device_is_off(&mut self) {
+        self.changed = true;
         self.life.device = Device::Off;
         self.life.stop = false;
         self.release(|state| state == State::Dropped);
@@ -158,6 +164,7 @@ impl ComputeHalf {
         let (RegionIndex::BAR0, reg::CSTS, Ok(value)) = (region, offset, data.try_into()) else {
             return;
         };
+        self.changed = true;
         let status = u32::from_le_bytes(value);
         let ready = status & csts::RDY != 0;
         match self.life.device {

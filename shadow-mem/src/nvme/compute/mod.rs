@@ -13,6 +13,7 @@ mod doorbells;
 mod interrupts;
 mod lifecycle;
 mod queues;
+mod recover;
 mod registers;
 mod replay;
 mod segments;
@@ -41,6 +42,7 @@ use self::replay::Replay;
 use self::segments::Segments;
 use self::tags::{State, Tags};
 use super::description::NvmeDescription;
+use super::record::Record;
 use crate::guest::{GuestMemory, Segment};
 use crate::session::{Session, SubmitBatch};
 use crate::shadow::{ShadowAllocator, shared_memory};
@@ -80,6 +82,12 @@ pub struct ComputeHalf {
     landing: Vec<Tag>,
     /// Where data lands that the guest no longer wants.
     scratch: Arc<MmapRegion>,
+    /// Where the next process finds what this one knows, if there is to be one.
+    record: Option<Record>,
+    /// Which life of the controller this is, for the record.
+    era: u32,
+    /// Something is set up in another way than the record has it.
+    changed: bool,
 }
 
 impl ComputeHalf {
@@ -110,6 +118,9 @@ impl ComputeHalf {
             batch: SubmitBatch::new(),
             landing: Vec::with_capacity(wire::MAX_ENTRIES.into()),
             scratch: shared_memory("farbus-scratch", description.max_transfer as usize)?,
+            record: None,
+            era: 0,
+            changed: true,
             description,
         })
     }
@@ -139,12 +150,14 @@ impl ComputeHalf {
             }
             return;
         }
+        self.changed = true;
         match self.registers.write(offset, data) {
             Change::None => {}
             Change::Enable => self.enable(),
             Change::Disable => self.disable(),
             Change::Configure => self.configure(),
         }
+        self.commit();
     }
 
     /// A doorbell: values that the ring cannot have, and doorbells of queues that do not
@@ -157,22 +170,31 @@ impl ComputeHalf {
         // older than what was seen there already.
         let is_hint = queue > 0 && self.shadow_doorbells.is_some();
         if completion {
-            let cq = self.queues.cq(queue);
-            if is_hint || cq.is_some_and(|cq| cq.ring.set_head(value)) {
+            let cq = self.queues.completion.get_mut(queue);
+            let moved = !is_hint && cq.is_some_and(|cq| cq.ring.set_head(value));
+            if let (true, Some(record)) = (moved, &self.record) {
+                record.set_head(queue, value);
+            }
+            if is_hint || moved {
                 self.post_held(queue);
                 self.interrupts.signal();
             } else {
                 debug!("ignored head {value} for completion queue {queue}");
             }
         } else if !is_hint {
-            let sq = self.queues.sq(queue);
-            if !sq.is_some_and(|sq| sq.ring.set_tail(value)) {
+            let sq = self.queues.submission.get_mut(queue);
+            if sq.is_some_and(|sq| sq.ring.set_tail(value)) {
+                if let Some(record) = &self.record {
+                    record.set_tail(queue, value);
+                }
+            } else {
                 debug!("ignored tail {value} for submission queue {queue}");
             }
         }
     }
 
     fn drop_commands(&mut self) {
+        self.begin_era();
         self.queues.clear();
         self.shadow_doorbells = None;
         self.interrupts.forget_coalescing();
@@ -240,7 +262,10 @@ impl ComputeHalf {
 
     /// See [`farbus_vfio::Function::mask_interrupt`], for MSI-X.
     pub fn mask_interrupt(&mut self, vector: u32, masked: bool) -> Result<(), FunctionError> {
-        self.interrupts.mask(vector, masked)
+        self.changed = true;
+        let masked = self.interrupts.mask(vector, masked);
+        self.commit();
+        masked
     }
 
     /// When [`Self::pump`] must be called at the latest, because an interrupt is held back as
@@ -264,10 +289,17 @@ impl ComputeHalf {
         }
         self.send_changes(session)?;
         if self.life.takes_commands() {
+            if let Some(record) = &mut self.record {
+                record.set_time();
+            }
             self.look_at_doorbells();
             self.send_commands(session)?;
         }
         self.interrupts.signal();
+        self.commit();
+        if let Some(record) = &self.record {
+            record.set_in_flight(self.tags.in_use_count());
+        }
         Ok(())
     }
 

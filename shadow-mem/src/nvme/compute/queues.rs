@@ -15,7 +15,7 @@ use crate::guest::{GuestMemory, NotMapped};
 
 /// A submission queue in guest memory.
 pub(super) struct SubmissionQueue {
-    base: u64,
+    pub(super) base: u64,
     pub(super) ring: SubmissionRing,
     pub(super) completion_queue: u16,
     /// Commands of this queue that are queued or at the device. Fewer than the ring has
@@ -23,6 +23,8 @@ pub(super) struct SubmissionQueue {
     pub(super) outstanding: u32,
     /// The guest has asked for its deletion; nothing more is fetched.
     pub(super) deleting: bool,
+    /// Commands that were ever fetched from it.
+    pub(super) fetched: u64,
 }
 
 impl SubmissionQueue {
@@ -33,6 +35,7 @@ impl SubmissionQueue {
             completion_queue,
             outstanding: 0,
             deleting: false,
+            fetched: 0,
         }
     }
 
@@ -49,12 +52,14 @@ impl SubmissionQueue {
 
 /// A completion queue in guest memory.
 pub(super) struct CompletionQueue {
-    base: u64,
+    pub(super) base: u64,
     pub(super) ring: CompletionRing,
     /// The vector to signal, if the guest wants interrupts.
     pub(super) vector: Option<u16>,
     /// Completions that wait for room, in order.
     pub(super) held: VecDeque<Tag>,
+    /// Completions that were ever posted to it.
+    pub(super) posted: u64,
 }
 
 impl CompletionQueue {
@@ -64,6 +69,7 @@ impl CompletionQueue {
             ring: CompletionRing::new(size),
             vector,
             held: VecDeque::with_capacity(size as usize),
+            posted: 0,
         }
     }
 
@@ -87,7 +93,18 @@ impl CompletionQueue {
             .and_then(|()| slot.store(high.to_le(), 8, Ordering::Release))
             .map_err(|_| refused)?;
         self.ring.advance();
+        self.posted += 1;
         Ok(())
+    }
+
+    /// Whether the entry that is to be posted next is in guest memory already: this process's
+    /// predecessor was killed before it could take note of that.
+    pub(super) fn was_posted(&self, memory: &GuestMemory) -> Result<bool, NotMapped> {
+        let (index, phase) = self.ring.next();
+        let mut entry = [0; CQE_SIZE];
+        memory.read(entry_iova(self.base, index, CQE_SIZE)?, &mut entry)?;
+        // The phase tag is bit 16 of dword 3 (NVMe 1.4 §4.6).
+        Ok((entry[14] & 1 != 0) == phase)
     }
 }
 

@@ -48,6 +48,28 @@ impl Registers {
         *self = Self::new(self.cap, self.vs);
     }
 
+    /// What software has set, and what it sees of that.
+    pub(super) fn dump(&self) -> [u64; 6] {
+        [
+            self.interrupt_mask.into(),
+            self.cc.into(),
+            self.csts.into(),
+            self.aqa.into(),
+            self.asq,
+            self.acq,
+        ]
+    }
+
+    /// As [`Self::dump`] had it.
+    pub(super) fn restore(&mut self, [mask, cc, csts, aqa, asq, acq]: [u64; 6]) {
+        self.interrupt_mask = mask as u32;
+        self.cc = cc as u32;
+        self.csts = csts as u32;
+        self.aqa = aqa as u32;
+        self.asq = asq;
+        self.acq = acq;
+    }
+
     /// A controller reset (NVMe 1.4 §7.3.2): all but the admin queue registers.
     pub(super) fn controller_reset(&mut self) {
         self.interrupt_mask = 0;

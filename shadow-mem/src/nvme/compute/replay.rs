@@ -57,6 +57,7 @@ impl ComputeHalf {
     /// the function before anyone can claim it again.
     pub fn link_lost(&mut self) {
         self.device_is_lost();
+        self.commit();
         self.batch.clear();
         self.landing.clear();
         self.replay = None;

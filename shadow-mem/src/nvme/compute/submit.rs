@@ -5,6 +5,7 @@ use farbus_fabric::{FabricError, Span};
 use farbus_vfio::nvme::{SQE_SIZE, Status, SubmissionEntry, admin};
 
 use super::super::description::ADMIN_QUEUE_ENTRIES;
+use super::super::record::Slot;
 use super::super::transfer::{self, Transfer};
 use super::ComputeHalf;
 use super::admin::Verdict;
@@ -142,7 +143,22 @@ impl ComputeHalf {
         command.shadow = shadow;
         let walked = self.segments.walk(&self.memory, &sqe, len, shadow);
         command.segments = walked.unwrap_or(0);
-        if let Some(sq) = self.queues.sq(queue) {
+        if let Some(sq) = self.queues.submission.get_mut(queue) {
+            if let Some(record) = &self.record {
+                record.fetched(
+                    tag,
+                    &Slot {
+                        queue,
+                        completion_queue,
+                        era: self.era,
+                        position: sq.fetched,
+                        shadow,
+                        sqe,
+                    },
+                );
+                record.set_fetched(queue, sq.fetched + 1);
+            }
+            sq.fetched += 1;
             sq.ring.advance();
             sq.outstanding += 1;
         }

@@ -118,6 +118,13 @@ impl Tags {
         Some((tag, command))
     }
 
+    /// Takes a certain tag; `None` if there is none such that is free.
+    pub(super) fn occupy(&mut self, tag: Tag) -> Option<&mut Command> {
+        let at = self.free.iter().position(|free| *free == tag)?;
+        self.free.remove(at);
+        self.commands.get_mut(usize::from(tag.0))
+    }
+
     /// Gives a tag back. Its shadow range has been released.
     pub(super) fn free(&mut self, tag: Tag) {
         if let Some(command) = self.commands.get_mut(usize::from(tag.0)) {

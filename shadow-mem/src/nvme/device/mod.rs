@@ -9,6 +9,7 @@ mod arena;
 mod complete;
 mod controller;
 mod host_memory;
+mod identity;
 mod probe;
 mod segments;
 mod settings;
@@ -34,6 +35,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::arena::Arena;
 use self::controller::Controller;
+pub use self::identity::Identity;
 use self::segments::Segments;
 pub use self::settings::Settings;
 use self::tags::Tags;
@@ -128,6 +130,7 @@ pub struct DeviceHalf {
     function: Arc<dyn Function>,
     description: NvmeDescription,
     settings: Settings,
+    identity: Identity,
     arena: Arena,
     shadow: DmaWindow,
     host_memory: Option<DmaWindow>,
@@ -139,6 +142,7 @@ pub struct DeviceHalf {
     vectors: u32,
     /// Completions of commands that were never sent.
     strays: u64,
+    commands: u64,
     event: Arc<EventFd>,
     /// See [`Self::look_at_queues`].
     is_looked_at: bool,
@@ -203,6 +207,7 @@ impl DeviceHalf {
                 namespaces: super::description::Namespaces::default(),
             },
             settings: Settings::default(),
+            identity: Identity::default(),
             arena,
             shadow,
             host_memory: None,
@@ -212,6 +217,7 @@ impl DeviceHalf {
             completion: Slots::new(MAX_QUEUE_PAIRS + 1),
             vectors,
             strays: 0,
+            commands: 0,
             event,
             is_looked_at: false,
             gone: None,
@@ -232,6 +238,16 @@ impl DeviceHalf {
     /// What was set in the controller before its first tenant.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Commands that were given to the device so far.
+    pub fn commands(&self) -> u64 {
+        self.commands
+    }
+
+    /// Which drive it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// The controller as the guest will see it.

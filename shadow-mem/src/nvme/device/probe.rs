@@ -13,7 +13,7 @@ use super::super::identify;
 use super::super::transfer::feature;
 use super::controller::Update;
 use super::submit::push;
-use super::{DeviceError, DeviceHalf, Settings};
+use super::{DeviceError, DeviceHalf, Identity, Settings};
 
 /// How long one of our own commands may take: less than the silence that a peer puts up with.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(3);
@@ -47,6 +47,7 @@ impl DeviceHalf {
         self.start_controller(6 << cc::IOSQES_SHIFT | 4 << cc::IOCQES_SHIFT | cc::EN)?;
         self.wait_for(|update| matches!(update, Update::Started))?;
         let controller = self.identify(0, identify::CNS_CONTROLLER)?;
+        self.identity = Identity::of_controller(&controller);
         let queue_pairs = self.ask_queue_pairs()?;
         self.description = NvmeDescription {
             cap: guest_cap(self.controller.cap),
@@ -165,7 +166,10 @@ impl DeviceHalf {
         for nsid in ids.into_iter().take(MAX_NAMESPACES) {
             let data = self.identify(nsid, identify::CNS_NAMESPACE)?;
             match namespace_format(nsid, &data) {
-                Some(format) => formats.push(format),
+                Some(format) => {
+                    self.identity.add_namespace(format, &data);
+                    formats.push(format);
+                }
                 None => info!(
                     "{}: namespace {nsid} is left out: it is formatted with metadata",
                     self.function.info().label

@@ -79,6 +79,7 @@ impl DeviceHalf {
         }
         for entry in batch.entries() {
             self.place(&entry)?;
+            self.commands += 1;
         }
         for id in 0..self.submission.end() {
             let Some(sq) = self.submission.get_mut(id) else {

@@ -1,0 +1,174 @@
+//! How an attachment is kept: its worker is watched, and replaced when it dies.
+
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+use super::super::process::StartError;
+use super::super::store::Phase;
+use super::Owner;
+use super::bring_up::Launched;
+use crate::api::{EndpointSpec, Vm};
+
+/// Pause before a worker is replaced, after the first time; it doubles up to [`MAX_PAUSE`].
+const MIN_PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// A worker that has lived this long was a good one.
+const STABLE: Duration = Duration::from_secs(60);
+/// So many workers in a row that die at once are a fault of ours, which more of them would not mend.
+const MAX_DEATHS: u32 = 8;
+
+/// How the workers of an attachment have died lately.
+struct Deaths {
+    count: u32,
+    started: Instant,
+}
+
+impl Deaths {
+    /// One more; how long to wait before the next one, or `None` if there is to be none.
+    fn another(&mut self) -> Option<Duration> {
+        if self.started.elapsed() > STABLE {
+            self.count = 0;
+        }
+        self.count += 1;
+        (self.count <= MAX_DEATHS).then(|| pause(self.count - 1))
+    }
+}
+
+/// The pause after so many failures.
+fn pause(failures: u32) -> Duration {
+    if failures == 0 {
+        return Duration::ZERO;
+    }
+    let factor = 1u32 << (failures - 1).min(16);
+    (MIN_PAUSE * factor).min(MAX_PAUSE)
+}
+
+impl Owner {
+    /// Watches the worker until the attachment is to be taken away, or is lost.
+    pub(super) async fn keep(&mut self) {
+        let mut deaths = Deaths {
+            count: 0,
+            started: Instant::now(),
+        };
+        loop {
+            let Some(worker) = self.worker.take() else {
+                let lost = "the worker was gone when this daemon came".to_owned();
+                if !self.replace(&mut deaths, lost).await {
+                    return;
+                }
+                continue;
+            };
+            let force = tokio::select! {
+                () = worker.ended() => None,
+                force = self.detach_wanted() => Some(force),
+            };
+            let worker = self.worker.insert(worker);
+            if let Some(force) = force {
+                self.degraded = None;
+                self.record.reason = None;
+                return self.enter(Phase::Detaching { force }).await;
+            }
+            let lost = format!("its worker has ended with {}", worker.fate().await);
+            self.worker = None;
+            if !self.replace(&mut deaths, lost).await {
+                return;
+            }
+        }
+    }
+
+    /// Starts another worker in place of one that has died. Whether the attachment is to be watched on.
+    async fn replace(&mut self, deaths: &mut Deaths, lost: String) -> bool {
+        warn!("attachment {}: {lost}", self.record.id);
+        let mut failures = 0;
+        let Some(mut wait) = deaths.another() else {
+            let times = deaths.count;
+            self.fail(format!("{lost}, {times} times in a row")).await;
+            return false;
+        };
+        self.degraded = Some(format!("{lost}; it is replaced"));
+        self.publish();
+        // A VMM does not come back to a vfio-user socket: it needs a new device.
+        let anew = self.record.spec.vm != Vm::None
+            && matches!(self.record.spec.endpoint, EndpointSpec::VfioUser { .. });
+        if anew && !self.unplug_by_force().await {
+            self.fail(format!(
+                "{lost}, and its VM keeps what has nobody behind it"
+            ))
+            .await;
+            return false;
+        }
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                // What it is taken away from is what the main loop sees to.
+                force = self.detach_wanted() => {
+                    self.degraded = None;
+                    self.enter(Phase::Detaching { force }).await;
+                    return false;
+                }
+            }
+            let Some(device) = self.record.device.clone() else {
+                self.fail(format!("{lost}, and its device is not known"))
+                    .await;
+                return false;
+            };
+            self.record.restarts += 1;
+            self.context.counts.worker_restarts.inc();
+            deaths.started = Instant::now();
+            let error = match self.launch(&device).await {
+                Launched::Ready => break,
+                Launched::Unwanted => continue,
+                Launched::Refused(error) => error,
+            };
+            // A device server may be away for long; a program that ends by itself will not get better.
+            if !matches!(error, StartError::Refused { .. }) && failures >= MAX_DEATHS {
+                self.fail(format!("{lost}, and cannot be replaced: {error}"))
+                    .await;
+                return false;
+            }
+            failures += 1;
+            wait = pause(failures);
+            self.degraded = Some(format!("{lost}; another one cannot be had yet: {error}"));
+            self.publish();
+        }
+        if anew {
+            if let Err(reason) = self.plug_now().await {
+                self.fail(reason).await;
+                return false;
+            }
+        }
+        self.degraded = None;
+        self.save().await;
+        self.publish();
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_a_bound() {
+        assert_eq!(pause(0), Duration::ZERO);
+        assert_eq!(pause(1), MIN_PAUSE);
+        assert_eq!(pause(2), 2 * MIN_PAUSE);
+        assert_eq!(pause(1000), MAX_PAUSE);
+    }
+
+    #[test]
+    fn workers_that_die_at_once_are_replaced_so_many_times() {
+        let mut deaths = Deaths {
+            count: 0,
+            started: Instant::now(),
+        };
+
+        let pauses: Vec<_> = (0..=MAX_DEATHS).map(|_| deaths.another()).collect();
+
+        assert_eq!(pauses[0], Some(Duration::ZERO));
+        assert!(pauses[..MAX_DEATHS as usize].iter().all(Option::is_some));
+        assert_eq!(pauses[MAX_DEATHS as usize], None);
+    }
+}

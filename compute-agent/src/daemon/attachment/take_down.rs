@@ -1,0 +1,88 @@
+//! How an attachment ends: the VM lets go, then the worker ends, then it is forgotten. A VM, a worker
+//! or a device server that is dead is no obstacle; only a guest that keeps its device is, until it
+//! is taken by force.
+
+use std::time::{Duration, Instant};
+
+use log::{error, warn};
+use tokio::task::spawn_blocking;
+
+use super::super::store::Phase;
+use super::{Owner, Wish};
+use crate::hotplug::HotplugError;
+
+/// How long a guest may take to let go.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a VMM is waited for at a time: then the wish may have become one by force.
+const SLICE: Duration = Duration::from_secs(2);
+
+/// How long a VMM may take when nobody asks the guest.
+pub(super) const FORCE_PATIENCE: Duration = Duration::from_secs(1);
+
+impl Owner {
+    /// Takes it away. Whether it is gone; if not, it is attached as before.
+    pub(super) async fn take_away(&mut self, force: bool) -> bool {
+        if self.record.plugged {
+            if let Err(error) = self.ask_the_vm(force).await {
+                self.give_back(format!("it could not be detached: {error}"))
+                    .await;
+                return false;
+            }
+            self.record.plugged = false;
+        }
+        self.end_worker().await;
+        self.context.chooser.release(&self.record.id);
+        let (store, id) = (self.context.store.clone(), self.record.id.clone());
+        match spawn_blocking(move || store.forget(&id)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => error!("{:#}", anyhow::Error::new(error)),
+            Err(error) => error!("attachment {} is not forgotten: {error}", self.record.id),
+        }
+        true
+    }
+
+    async fn ask_the_vm(&mut self, mut force: bool) -> Result<(), HotplugError> {
+        let begun = Instant::now();
+        loop {
+            let slice = if force { FORCE_PATIENCE } else { SLICE };
+            let error = match self.unplug(slice, force).await {
+                Ok(_) => return Ok(()),
+                Err(error) if error.is_vmm_gone() => return Ok(()),
+                Err(error) if force => {
+                    warn!(
+                        "attachment {} is taken all the same: {error}",
+                        self.record.id
+                    );
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            if *self.wish.borrow() == (Wish::Detach { force: true }) {
+                force = true;
+                self.enter(Phase::Detaching { force }).await;
+            } else if !matches!(error, HotplugError::GuestKeeps { .. })
+                || begun.elapsed() >= PATIENCE
+            {
+                return Err(error);
+            }
+        }
+    }
+
+    /// The guest keeps it: it is attached as before, unless somebody takes it by force by now.
+    async fn give_back(&mut self, reason: String) {
+        let kept = self.wishes.send_if_modified(|wish| {
+            let patient = *wish == Wish::Detach { force: false };
+            if patient {
+                *wish = Wish::Keep;
+            }
+            patient
+        });
+        if kept {
+            self.record.reason = Some(reason);
+            self.enter(Phase::Attached).await;
+        } else {
+            self.enter(Phase::Detaching { force: true }).await;
+        }
+    }
+}
