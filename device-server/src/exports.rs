@@ -24,7 +24,7 @@ pub use self::tally::{Counts, Refused, Tally};
 
 /// How long a claim waits for the end of the former one, of which there is no sign yet: that the
 /// claimant has gone may be on its way.
-const NO_SIGN: Duration = Duration::from_millis(200);
+const NO_SIGN: Duration = Duration::from_millis(100);
 /// How long a claim waits for the former one that is being ended: longer than a reset takes, and
 /// shorter than a claimant is patient.
 const BEING_ENDED: Duration = Duration::from_secs(3);
@@ -295,6 +295,19 @@ impl Export {
             claim,
             why,
             known: inner.known.clone(),
+        }
+    }
+
+    /// Whether it has no function now.
+    pub fn has_no_function(&self) -> bool {
+        self.lock().function.is_err()
+    }
+
+    /// It has no function yet, for another reason than before.
+    pub fn still_failed(&self, why: &str) {
+        let mut inner = self.lock();
+        if inner.function.is_err() {
+            inner.function = Err(why.to_owned());
         }
     }
 

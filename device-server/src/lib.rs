@@ -2,7 +2,8 @@
 //!
 //! [`exports`] knows what is exported and who has claimed it; [`manager`] is the connection
 //! manager, which takes a connection from its first byte to a claim and joins it to the
-//! function; [`attachment`] is the event loop of one claim. [`sources`] opens what is exported
+//! function; [`attachment`] is the event loop of one claim. [`service`] keeps all that in line with a
+//! configuration file ([`config`]) and offers an admin interface. [`sources`] opens what is exported
 //! and gives it back to the host at the end; [`doctor`] says whether a host is ready for that.
 
 #![forbid(unsafe_code)]
@@ -14,4 +15,5 @@ pub mod doctor;
 pub mod exports;
 pub mod manager;
 mod refusals;
+pub mod service;
 pub mod sources;

@@ -9,9 +9,6 @@ use farbus_device_server::cli::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    env_logger::Builder::new()
-        .filter_level(cli.log_level)
-        .format_target(false)
-        .init();
+    farbus_rest::logging::init(cli.log_level, cli.log_format, None);
     cli.run()
 }

@@ -30,6 +30,8 @@ pub enum Kill {
     Stop,
     /// SIGCONT: thaw.
     Continue,
+    /// SIGHUP: read the configuration again.
+    HangUp,
 }
 
 /// A running (or ended, not yet dropped) child process.
@@ -119,6 +121,7 @@ impl Process {
             Kill::Kill => Signal::KILL,
             Kill::Stop => Signal::STOP,
             Kill::Continue => Signal::CONT,
+            Kill::HangUp => Signal::HUP,
         };
         pidfd_send_signal(&self.pidfd, signal)
             .context(|| format!("signalling '{}' ({})", self.name, self.id()))

@@ -177,7 +177,7 @@ fn serve(
     Ok(())
 }
 
-fn announce(
+pub(super) fn announce(
     json: bool,
     names: &[String],
     address: SocketAddr,
@@ -200,16 +200,18 @@ fn announce(
     out.flush()
 }
 
-fn listen(address: &str, insecure: bool) -> anyhow::Result<TcpListener> {
+pub(super) fn listen(address: &str, insecure: bool) -> anyhow::Result<TcpListener> {
     let addresses: Vec<SocketAddr> = address
         .to_socket_addrs()
-        .with_context(|| format!("--listen {address} is not an address and port"))?
+        .with_context(|| {
+            format!("the address to listen on, {address}, is not an address and port")
+        })?
         .collect();
     if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback()) {
         if !insecure {
             bail!(
-                "--listen {address}: {} can be reached by other hosts and nobody is authenticated yet; \
-                 listen on 127.0.0.1, or add --insecure on a network that you trust",
+                "cannot listen on {address}: {} can be reached by other hosts and nobody is authenticated yet; \
+                 listen on 127.0.0.1, or add --insecure (insecure = true) on a network that you trust",
                 open.ip()
             );
         }
@@ -219,7 +221,7 @@ fn listen(address: &str, insecure: bool) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address} (is the port in use?)"))
 }
 
-fn poll_parser() -> impl TypedValueParser<Value = Polling> {
+pub(super) fn poll_parser() -> impl TypedValueParser<Value = Polling> {
     PossibleValuesParser::new(Polling::NAMES).try_map(|name| name.parse())
 }
 

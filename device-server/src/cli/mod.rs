@@ -3,6 +3,7 @@
 mod doctor;
 mod export;
 mod list;
+mod serve;
 mod specs;
 mod table;
 
@@ -11,18 +12,20 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use farbus_rest::logging::LogFormat;
 use farbus_vfio::sysfs::Host;
 use log::{LevelFilter, error};
 
 use doctor::DoctorArgs;
 use export::ExportArgs;
 use list::ListArgs;
+use serve::ServeArgs;
 
 const EXIT_CODES: &str = "\
 Exit codes:
   0  ended in order: after SIGTERM or SIGINT, or with nothing left to do
   1  failed while running
-  2  the command line is wrong
+  2  the command line or the configuration is wrong
   3  a device cannot be opened
   4  the address cannot be listened on
   5  doctor found what keeps a function from being exported";
@@ -34,6 +37,9 @@ pub struct Cli {
     /// What to log to standard error: off, error, warn, info, debug or trace.
     #[arg(long, global = true, default_value = "info", value_name = "LEVEL")]
     pub log_level: LevelFilter,
+    /// How log lines look: text, or json for an object a line.
+    #[arg(long, global = true, default_value_t, value_name = "FORMAT")]
+    pub log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
 }
@@ -43,6 +49,9 @@ enum Command {
     /// Exports functions, in the foreground, until SIGTERM.
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", export::EXAMPLES))]
     Export(Box<ExportArgs>),
+    /// Exports what a configuration file says, in the foreground, until SIGTERM.
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", serve::EXAMPLES))]
+    Serve(Box<ServeArgs>),
     /// Lists the PCI functions of this host, and what keeps them from being exported.
     #[command(after_help = list::NOTES)]
     List(ListArgs),
@@ -95,6 +104,7 @@ impl Cli {
     pub fn run_on(&self, host: &Host, out: &mut dyn Write) -> Result<u8, Failure> {
         match &self.command {
             Command::Export(args) => export::run(args, host, out),
+            Command::Serve(args) => serve::run(args, host, out),
             Command::List(args) => list::run(args, host, out),
             Command::Doctor(args) => doctor::run(args, host, out),
             Command::Man { directory } => {

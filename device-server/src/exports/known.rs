@@ -53,7 +53,7 @@ impl Known {
 
 /// Asks all of them at the same time what they are, which takes each a reset. Nobody must have
 /// claimed any.
-pub fn ask(exports: &[Export]) {
+pub fn ask(exports: &[&Export]) {
     thread::scope(|scope| {
         for export in exports {
             scope.spawn(|| export.ask());

@@ -82,7 +82,7 @@ impl Stock {
                 stock.exports.push(export);
             }
         }
-        exports::ask(&stock.exports);
+        exports::ask(&stock.exports.iter().collect::<Vec<_>>());
         Ok(stock)
     }
 
