@@ -4,7 +4,6 @@
 //! - [`api`]: the JSON of the REST interface.
 //! - [`cli`]: the command line.
 //! - [`daemon`]: the agent as a service.
-//! - [`hotplug`]: what plugs an endpoint into a running VM.
 //! - [`worker`]: one attachment's event loop, which joins the endpoint and the link.
 //! - [`reconnect`]: how a lost link is replaced.
 //! - [`upkeep`]: what an event loop does to keep its link.

@@ -11,6 +11,6 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
-    farbus_rest::logging::init(cli.log_level, cli.log_format, cli.attachment());
+    farbus_rest::logging::init_for(cli.log_level, cli.log_format, cli.attachment());
     cli.run()
 }

@@ -22,9 +22,11 @@
 //! - [`guest`] runs commands in the guest; [`verify`] checks its disk, [`measure`] times it.
 //! - [`vfio`] makes machines that lend their devices, and binds these.
 //! - [`rdma`] makes machines with soft RoCE.
+//! - [`service`] runs the agent as a service, and asks it.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
 //! - [`counting`] tells who allocates.
 //! - [`counts`] counts what programs do: system calls, instructions.
+//! - [`cloud_hypervisor`] stands in for that VMM's REST interface.
 //! - [`report`] says how a test failed, or why it could not run.
 //! - [`process`], [`scratch`], [`deadline`] are what the others stand on.
 
@@ -33,6 +35,7 @@
 pub mod attached;
 pub mod builder;
 pub mod cache;
+pub mod cloud_hypervisor;
 #[allow(unsafe_code, reason = "an allocator is unsafe to write")]
 pub mod counting;
 pub mod counts;
@@ -49,6 +52,7 @@ pub mod qmp;
 pub mod rdma;
 pub mod report;
 pub mod scratch;
+pub mod service;
 mod terminal;
 pub mod tools;
 pub mod verify;

@@ -44,9 +44,14 @@ impl FromStr for LogFormat {
     }
 }
 
-/// Sends the log to standard error from now on. In the process of one attachment, each line has its
-/// name: many such processes share a log.
-pub fn init(level: LevelFilter, format: LogFormat, attachment: Option<&str>) {
+/// Sends the log to standard error from now on.
+pub fn init(level: LevelFilter, format: LogFormat) {
+    init_for(level, format, None);
+}
+
+/// As [`init`]. In the process of one attachment, each line has its name: many such processes share a
+/// log.
+pub fn init_for(level: LevelFilter, format: LogFormat, attachment: Option<&str>) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level).format_target(false);
     let attachment = attachment.map(str::to_owned);

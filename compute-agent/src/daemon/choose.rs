@@ -153,6 +153,11 @@ impl Chooser {
         self.lock().by.insert(device.to_owned(), id.clone());
     }
 
+    /// A device was claimed, or is free again.
+    pub fn has_changed(&self, device: &Chosen) {
+        self.pool.has_changed(&device.device_server);
+    }
+
     /// Lets go of what an attachment has.
     pub fn release(&self, id: &AttachmentId) {
         let mut taken = self.lock();

@@ -86,7 +86,10 @@ impl ServeArgs {
         service.run().map_err(|error| {
             let code = match &error {
                 ServeError::Tls(_) => 2,
-                ServeError::Listen(_) | ServeError::Store(_) | ServeError::Directory { .. } => 4,
+                ServeError::Listen(_)
+                | ServeError::Store(_)
+                | ServeError::Custody(_)
+                | ServeError::Directory { .. } => 4,
                 ServeError::Runtime(_) => 1,
             };
             (code, anyhow::Error::new(error))

@@ -9,6 +9,7 @@
 //! | [`attachment`] | one of them, from the request to its end |
 //! | [`choose`], [`pool`] | which devices there are, and which one is taken |
 //! | [`process`] | worker processes |
+//! | [`custody`] | what outlives a worker |
 //! | [`hot_plug`] | the seam to the VMMs |
 //! | [`store`] | what survives the daemon |
 //! | [`events`], [`metrics`] | what is told of it |
@@ -21,6 +22,7 @@ pub mod attachment;
 pub mod choose;
 pub mod cli;
 pub mod config;
+pub mod custody;
 pub mod events;
 pub mod hot_plug;
 pub mod id;

@@ -2,6 +2,7 @@
 //! deadline; what one has said holds for a moment, so that many clients do not ask it all the time.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use farbus_fabric::session::client;
@@ -32,6 +33,8 @@ struct Server {
     config: DeviceServer,
     /// Held while it is asked, so that it is asked once however many want to know.
     said: Mutex<Said>,
+    /// What it has said does not hold any more.
+    outdated: AtomicBool,
 }
 
 /// See the module's own description.
@@ -46,6 +49,7 @@ impl Pool {
             Arc::new(Server {
                 config: config.clone(),
                 said: Mutex::default(),
+                outdated: AtomicBool::new(false),
             })
         };
         Self(servers.iter().map(server).collect())
@@ -59,6 +63,13 @@ impl Pool {
     /// What the device server of this name has.
     pub async fn devices_of(&self, name: &str, age: Duration) -> Devices {
         self.ask(age, |server| server.name == name).await
+    }
+
+    /// A device of this device server has been taken or given back.
+    pub fn has_changed(&self, name: &str) {
+        for server in self.0.iter().filter(|server| server.config.name == name) {
+            server.outdated.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Which device servers have answered when they were asked last, of those that were asked.
@@ -105,9 +116,14 @@ impl Server {
     async fn answer(&self, age: Duration) -> Answer {
         let mut said = self.said.lock().await;
         match &*said {
-            Some((when, answer)) if when.elapsed() < age => return answer.clone(),
+            Some((when, answer))
+                if when.elapsed() < age && !self.outdated.swap(false, Ordering::Relaxed) =>
+            {
+                return answer.clone();
+            }
             _ => {}
         }
+        self.outdated.store(false, Ordering::Relaxed);
         let server = self.config.clone();
         let asked = spawn_blocking(move || ask(&server)).await;
         let answer = asked.unwrap_or_else(|error| Err(error.to_string()));

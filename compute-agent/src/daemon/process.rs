@@ -3,6 +3,7 @@
 //! command line, and belong to a process group of their own, which no terminal's interrupt reaches.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -19,7 +20,7 @@ use tokio::process::{Child, ChildStdout, Command};
 
 use super::id::AttachmentId;
 use super::store::Chosen;
-use crate::api::{AttachmentSpec, EndpointSpec, Fabric, Msix};
+use crate::api::{AttachmentSpec, EndpointSpec, Fabric, Limits, Msix};
 
 /// Request queues of a virtio device, unless asked for otherwise.
 pub const NUM_QUEUES: u16 = 4;
@@ -40,6 +41,8 @@ pub struct Launcher {
     pub log_level: LevelFilter,
     /// How its log lines look.
     pub log_format: farbus_rest::logging::LogFormat,
+    /// Where it hands over what outlives it.
+    pub custody: Option<PathBuf>,
     /// How long it may take to claim its export, in seconds.
     pub connect_timeout: u64,
 }
@@ -181,6 +184,11 @@ impl Launcher {
             .args(["attach", "--json", "--id", id.as_str()])
             .args(["--from", &device.address, "--export", &device.export])
             .args(["--connect-timeout", &self.connect_timeout.to_string()])
+            .args(
+                self.custody
+                    .iter()
+                    .flat_map(|path| [OsStr::new("--custody"), path.as_os_str()]),
+            )
             .args(arguments(spec))
             .arg(option(&spec.endpoint))
             .arg(socket)
@@ -251,6 +259,9 @@ fn arguments(spec: &AttachmentSpec) -> Vec<String> {
     };
     let mut arguments = vec!["--provider".to_owned(), provider.to_owned()];
     let mut add = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+    if let Some(limits) = limits(&spec.limits) {
+        add("--limit", limits);
+    }
     match &spec.endpoint {
         EndpointSpec::VfioUser { msix } => {
             let who = match msix {
@@ -277,6 +288,27 @@ fn arguments(spec: &AttachmentSpec) -> Vec<String> {
         }
     }
     arguments
+}
+
+/// Limits as a command line has them; `None` if there are none.
+fn limits(limits: &Limits) -> Option<String> {
+    let Limits {
+        iops,
+        iops_burst,
+        bytes_per_second,
+        bytes_burst,
+    } = *limits;
+    let named = [
+        ("iops", iops),
+        ("iops-burst", iops_burst),
+        ("bytes-per-second", bytes_per_second),
+        ("bytes-burst", bytes_burst),
+    ];
+    let named = named.into_iter();
+    let each: Vec<String> = named
+        .filter_map(|(name, value)| Some(format!("{name}={}", value?)))
+        .collect();
+    (!each.is_empty()).then(|| each.join(","))
 }
 
 /// The workers on this host whose sockets are in `sockets`, by socket. The kernel knows them all,
@@ -315,6 +347,21 @@ fn socket_of(line: &[u8], sockets: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_that_are_named_are_passed_on() {
+        let some = Limits {
+            iops: Some(1000),
+            bytes_per_second: Some(1 << 20),
+            ..Limits::default()
+        };
+
+        assert_eq!(
+            limits(&some).as_deref(),
+            Some("iops=1000,bytes-per-second=1048576")
+        );
+        assert_eq!(limits(&Limits::default()), None);
+    }
 
     #[test]
     fn worker_is_known_by_its_socket() {

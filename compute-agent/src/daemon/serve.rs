@@ -17,6 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::attachment::Context;
 use super::choose::Chooser;
 use super::config::Config;
+use super::custody::Custody;
 use super::events::Events;
 use super::hot_plug::Vmms;
 use super::metrics::Counts;
@@ -25,6 +26,7 @@ use super::process::Launcher;
 use super::registry::Registry;
 use super::rest;
 use super::store::{Store, StoreError};
+use crate::custody::KeeperError;
 
 /// How long calls to VMMs that are under way may take at the end. What is cut off is finished, or undone,
 /// by the next daemon.
@@ -51,6 +53,9 @@ pub enum ServeError {
     /// Nothing can be remembered.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Nothing can be kept for workers.
+    #[error(transparent)]
+    Custody(#[from] KeeperError),
     /// REST on TCP cannot be.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -110,6 +115,7 @@ impl Service {
         if config.device_servers.is_empty() {
             warn!("no device server is configured: there is nothing to attach");
         }
+        let custody = Custody::bind(&config.runtime_dir)?;
         let context = Arc::new(Context {
             chooser: Chooser::new(config.clone(), pool.clone()),
             store: Arc::new(store),
@@ -118,8 +124,10 @@ impl Service {
                 program: "/proc/self/exe".into(),
                 log_level: self.log_level,
                 log_format: self.log_format,
+                custody: None,
                 connect_timeout: self.connect_timeout,
             },
+            custody: Arc::new(custody),
             events: Events::default(),
             counts: Counts::default(),
             config: config.clone(),

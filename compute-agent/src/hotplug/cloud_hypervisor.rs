@@ -30,19 +30,20 @@ pub(super) fn plug(
     until: Until,
 ) -> Result<Plugged, HotplugError> {
     let name = device_name(&device.id);
-    let info = info(socket, until)?;
-    match place_of(&info, &name) {
-        Place::Nowhere => {}
-        Place::Ours => return Ok(Plugged::Already),
-        // It was asked to let go before, and has not yet.
-        Place::Leaving => {
-            return Err(HotplugError::GuestKeeps {
-                name,
-                after: Duration::ZERO,
-            });
+    let info = loop {
+        let info = info(socket, until.for_a_question())?;
+        match place_of(&info, &name) {
+            Place::Nowhere => break info,
+            Place::Ours => return Ok(Plugged::Already),
+            Place::Other(found) => return Err(HotplugError::NameTaken { name, found }),
+            // The guest was asked to let go of it before, and is about to.
+            Place::Leaving if !until.has_passed() => std::thread::sleep(LOOK_AGAIN),
+            Place::Leaving => {
+                let after = until.after;
+                return Err(HotplugError::GuestKeeps { name, after });
+            }
         }
-        Place::Other(found) => return Err(HotplugError::NameTaken { name, found }),
-    }
+    };
     refuse_private_memory(&info)?;
     let path = device.socket.display().to_string();
     let (call, body) = match device.kind {
@@ -72,30 +73,32 @@ pub(super) fn plug(
 pub(super) fn unplug(socket: &Path, id: &str, until: Until) -> Result<Unplugged, HotplugError> {
     let name = device_name(id);
     let mut was_there = false;
-    while !until.has_passed() {
-        match place_of(&info(socket, until)?, &name) {
+    // The guest is asked once even without any time for it.
+    loop {
+        match place_of(&info(socket, until.for_a_question())?, &name) {
             Place::Nowhere if was_there => return Ok(Unplugged::Now),
             Place::Nowhere => return Ok(Unplugged::Absent),
             Place::Other(found) => return Err(HotplugError::NameTaken { name, found }),
-            Place::Ours => ask(socket, &name, until)?,
+            Place::Ours => ask(socket, &name, until.for_a_question())?,
             // The configuration has forgotten it, so asking again may be refused.
             Place::Leaving => {
-                let _ = put(socket, "vm.remove-device", &json!({ "id": name }), until)?;
+                let soon = until.for_a_question();
+                put(socket, "vm.remove-device", &json!({ "id": name }), soon)?;
             }
         }
         was_there = true;
         let ask_again = until.at_most(ASK_AGAIN);
         while !ask_again.has_passed() {
-            if place_of(&info(socket, until)?, &name) == Place::Nowhere {
+            if place_of(&info(socket, until.for_a_question())?, &name) == Place::Nowhere {
                 return Ok(Unplugged::Now);
             }
             std::thread::sleep(LOOK_AGAIN.min(ask_again.left()));
         }
+        if until.has_passed() {
+            let after = until.after;
+            return Err(HotplugError::GuestKeeps { name, after });
+        }
     }
-    Err(HotplugError::GuestKeeps {
-        name,
-        after: until.after,
-    })
 }
 
 pub(super) fn is_plugged(socket: &Path, id: &str, until: Until) -> Result<bool, HotplugError> {
@@ -146,7 +149,7 @@ fn place_of(info: &Value, name: &str) -> Place {
             _ => Place::Other("disk of another kind".to_owned()),
         };
     }
-    if ["devices", "net", "fs", "pmem", "vdpa", "vsock"]
+    if ["devices", "net", "fs", "generic_vhost_user", "pmem", "vdpa"]
         .iter()
         .any(|list| listed(list).is_some())
     {
@@ -183,6 +186,18 @@ fn refuse_private_memory(info: &Value) -> Result<(), HotplugError> {
         },
         _ if is_private(memory) => private("memory"),
         _ => Ok(()),
+    }
+}
+
+/// See [`super::fuzz_answer`].
+pub(super) fn fuzz_answer(bytes: &[u8]) {
+    let Ok(Some(answer)) = http::parse(bytes) else {
+        return;
+    };
+    assert!(answer.body.len() <= bytes.len() && (100..600).contains(&answer.status));
+    if let Ok(info) = serde_json::from_slice(&answer.body) {
+        let _ = place_of(&info, "farbus-d0");
+        let _ = refuse_private_memory(&info);
     }
 }
 

@@ -71,10 +71,10 @@ fn wrong(what: &'static str, connection: &Connection, said: &[u8]) -> HotplugErr
 
 /// What no server says that we speak with.
 #[derive(Debug, PartialEq, Eq)]
-struct BadAnswer;
+pub(super) struct BadAnswer;
 
 /// The answer, if all of it is there.
-fn parse(received: &[u8]) -> Result<Option<Answer>, BadAnswer> {
+pub(super) fn parse(received: &[u8]) -> Result<Option<Answer>, BadAnswer> {
     // Whatever else listens there is known by its first words.
     let begin = b"HTTP/1.";
     let compared = received.len().min(begin.len());

@@ -126,6 +126,11 @@ pub fn is_plugged(vm: &Vm, id: &str) -> Result<bool, HotplugError> {
     }
 }
 
+/// Takes `bytes` for what cloud-hypervisor answers, for fuzzing: what is believed of them is of use.
+pub fn fuzz_answer(bytes: &[u8]) {
+    cloud_hypervisor::fuzz_answer(bytes);
+}
+
 /// The VMM's name for the device of an attachment.
 fn device_name(id: &str) -> String {
     format!("farbus-{id}")

@@ -92,13 +92,14 @@ pub(super) fn plug(
 }
 
 pub(super) fn unplug(socket: &Path, id: &str, until: Until) -> Result<Unplugged, HotplugError> {
-    let mut qmp = Qmp::open(socket, until)?;
+    // The guest is asked once even without any time for it.
+    let mut qmp = Qmp::open(socket, until.for_a_question())?;
     let name = device_name(id);
-    let was_there = find(&mut qmp, &name, until)?;
+    let was_there = find(&mut qmp, &name, until.for_a_question())?;
     if was_there {
         delete_device(&mut qmp, &name, until)?;
     }
-    remove_chardev(&mut qmp, &chardev_name(id), until)?;
+    remove_chardev(&mut qmp, &chardev_name(id), until.for_a_question())?;
     Ok(if was_there {
         Unplugged::Now
     } else {
@@ -204,8 +205,9 @@ fn remove_chardev(qmp: &mut Qmp, id: &str, until: Until) -> Result<(), HotplugEr
 
 /// Asks the guest to let go of a device, again where that is forgotten, and waits until it has.
 fn delete_device(qmp: &mut Qmp, name: &str, until: Until) -> Result<(), HotplugError> {
-    while !until.has_passed() {
-        let ask_again = match qmp.ask("device_del", &json!({ "id": name }), until)? {
+    loop {
+        let asked = qmp.ask("device_del", &json!({ "id": name }), until.for_a_question())?;
+        let ask_again = match asked {
             Ok(_) => until.at_most(ASK_AGAIN),
             Err(refusal) if refusal.class == "DeviceNotFound" => return Ok(()),
             // Somebody else has asked, or this was before a restart of ours.
@@ -222,16 +224,17 @@ fn delete_device(qmp: &mut Qmp, name: &str, until: Until) -> Result<(), HotplugE
                         name: name.to_owned(),
                     });
                 }
-                None if until.has_passed() => break,
-                None if !find(qmp, name, until)? => return Ok(()),
+                None if !find(qmp, name, until.for_a_question())? => return Ok(()),
                 None => {}
             }
         }
+        if until.has_passed() {
+            return Err(HotplugError::GuestKeeps {
+                name: name.to_owned(),
+                after: until.after,
+            });
+        }
     }
-    Err(HotplugError::GuestKeeps {
-        name: name.to_owned(),
-        after: until.after,
-    })
 }
 
 fn is_busy(refusal: &Refusal) -> bool {

@@ -54,10 +54,7 @@ pub(super) enum DeviceEvent {
 #[derive(Debug)]
 pub(super) struct Qmp {
     connection: Connection,
-    /// Received, and not a whole line yet or not looked at.
-    unread: Vec<u8>,
-    /// Where in it no line ends.
-    searched: usize,
+    lines: Lines,
     events: VecDeque<(DeviceEvent, String)>,
     next_id: u64,
 }
@@ -66,16 +63,16 @@ impl Qmp {
     pub(super) fn open(socket: &Path, until: Until) -> Result<Self, HotplugError> {
         let mut qmp = Self {
             connection: Connection::open(WHAT, socket, until)?,
-            unread: Vec::new(),
-            searched: 0,
+            lines: Lines::default(),
             events: VecDeque::new(),
             next_id: 0,
         };
         let soon = until.at_most(GREETING);
         let greeting = match qmp.message("waiting for its greeting", soon) {
-            Err(HotplugError::Timeout { socket, after, .. }) => {
+            Err(HotplugError::Timeout { socket, after, .. }) if qmp.lines.unread.is_empty() => {
                 return Err(HotplugError::Busy { socket, after });
             }
+            Err(HotplugError::Timeout { .. }) => return Err(qmp.not_qmp(&qmp.lines.unread)),
             greeting => greeting?,
         };
         if !greeting.get("QMP").is_some_and(Value::is_object) {
@@ -189,24 +186,75 @@ impl Qmp {
 
     fn line(&mut self, doing: &str, until: Until) -> Result<Vec<u8>, HotplugError> {
         loop {
-            let fresh = self.unread.get(self.searched..).unwrap_or_default();
-            if let Some(at) = fresh.iter().position(|byte| *byte == b'\n') {
-                let rest = self.unread.split_off(self.searched + at + 1);
-                self.searched = 0;
-                return Ok(std::mem::replace(&mut self.unread, rest));
+            if let Some(line) = self.lines.next() {
+                return Ok(line);
             }
-            self.searched = self.unread.len();
-            if self.unread.len() > MAX_LINE {
-                return Err(self.not_qmp(&self.unread));
+            if self.lines.unread.len() > MAX_LINE {
+                return Err(self.not_qmp(&self.lines.unread));
             }
             let mut buffer = [0; 4096];
             match self.connection.receive(&mut buffer, doing, until)? {
-                0 if self.unread.is_empty() => return Err(self.connection.closed(doing)),
-                0 => return Err(self.not_qmp(&self.unread)),
-                len => self
-                    .unread
-                    .extend_from_slice(buffer.get(..len).unwrap_or_default()),
+                0 if self.lines.unread.is_empty() => return Err(self.connection.closed(doing)),
+                0 => return Err(self.not_qmp(&self.lines.unread)),
+                len => self.lines.push(buffer.get(..len).unwrap_or_default()),
             }
+        }
+    }
+}
+
+/// Received bytes, as lines.
+#[derive(Debug, Default)]
+struct Lines {
+    /// What is not a whole line yet, or was not looked at.
+    unread: Vec<u8>,
+    /// How much of that has no line's end.
+    searched: usize,
+}
+
+impl Lines {
+    fn push(&mut self, received: &[u8]) {
+        self.unread.extend_from_slice(received);
+    }
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        let fresh = self.unread.get(self.searched..).unwrap_or_default();
+        let Some(at) = fresh.iter().position(|byte| *byte == b'\n') else {
+            self.searched = self.unread.len();
+            return None;
+        };
+        let rest = self.unread.split_off(self.searched + at + 1);
+        self.searched = 0;
+        Some(std::mem::replace(&mut self.unread, rest))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn lines_come_out_as_they_went_in_however_they_are_cut(
+            lines in proptest::collection::vec("[a-z]{0,20}", 0..10),
+            cuts in proptest::collection::vec(1usize..30, 1..10),
+        ) {
+            let stream: String = lines.iter().map(|line| format!("{line}\n")).collect();
+            let mut reader = Lines::default();
+            let mut got = Vec::new();
+            let mut rest = stream.as_bytes();
+            for cut in cuts.iter().cycle() {
+                let (now, later) = rest.split_at((*cut).min(rest.len()));
+                reader.push(now);
+                got.extend(std::iter::from_fn(|| reader.next()));
+                rest = later;
+                if rest.is_empty() {
+                    break;
+                }
+            }
+            let expected: Vec<_> = lines.iter().map(|line| format!("{line}\n").into_bytes()).collect();
+            prop_assert_eq!(got, expected);
         }
     }
 }

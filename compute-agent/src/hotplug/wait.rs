@@ -12,6 +12,9 @@ use super::HotplugError;
 /// How often a server whose queue of connections is full is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
+/// A VMM answers within milliseconds, unless it hangs.
+const QUESTION: Duration = Duration::from_secs(2);
+
 /// A point in time, and the length of the wait that leads to it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Until {
@@ -35,6 +38,16 @@ impl Until {
 
     pub(super) fn has_passed(&self) -> bool {
         self.left().is_zero()
+    }
+
+    /// For one question to the VMM while the guest is waited for: this one, or a little later, so that it
+    /// is the guest who is late at the end of a wait, not the VMM.
+    pub(super) fn for_a_question(&self) -> Self {
+        if self.left() >= QUESTION {
+            *self
+        } else {
+            Self::after(QUESTION)
+        }
     }
 
     /// This one, or an earlier one.

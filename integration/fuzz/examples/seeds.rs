@@ -24,6 +24,7 @@ fn main() -> std::io::Result<()> {
         ("nvme_device", device_scripts()),
         ("config_space", config()),
         ("vhost_user_request", chains()),
+        ("cloud_hypervisor_answer", answers()),
     ] {
         let folder = root.join(target);
         fs::create_dir_all(&folder)?;
@@ -32,6 +33,21 @@ fn main() -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What cloud-hypervisor says of a VM, and of a request that it has done.
+fn answers() -> Vec<Seed> {
+    let info = r#"{"config": {"memory": {"size": 1073741824, "shared": true, "zones": [{"id": "z", "shared": false}]},
+        "disks": [{"id": "farbus-d0", "vhost_user": true}], "user_devices": [{"id": "farbus-d0"}]},
+        "state": "Running", "device_tree": {"farbus-d0": {"id": "farbus-d0", "pci_bdf": "0000:00:05.0"}}}"#;
+    let described = format!(
+        "HTTP/1.1 200 \r\nServer: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{info}",
+        info.len()
+    );
+    vec![
+        ("info", described.into_bytes()),
+        ("done", b"HTTP/1.1 204 No Content\r\n\r\n".to_vec()),
+    ]
 }
 
 /// A vfio-user message: header and body as little-endian dwords.
@@ -87,7 +103,23 @@ fn vfio_user() -> Vec<Seed> {
         message(8, false, &[20, 0x21, 2, 0, 1]),
         message(13, false, &[]),
     ];
+    // The guest sets vector 1 up, masks it, looks at its pending bit, and resets the function.
+    let mediated = [
+        message(9, false, &[0, 0, 7, 256]),
+        message(9, false, &[0x40, 0, 7, 4]),
+        message(10, false, &[4, 0, 7, 4, 6]),
+        message(10, true, &[0x2010, 0, 0, 4, 0xfee0_1000]),
+        message(10, true, &[0x2018, 0, 0, 8, 0x4021, 0]),
+        message(10, false, &[0x40, 0, 7, 4, 0x8000_0000]),
+        message(10, true, &[0x201c, 0, 0, 4, 1]),
+        message(9, false, &[0x3000, 0, 0, 8]),
+        message(10, true, &[0x201c, 0, 0, 4, 0]),
+        message(10, false, &[0x40, 0, 7, 4, 0xc000_0000]),
+        message(10, false, &[0x54, 0, 7, 4, 0x8000]),
+        message(9, false, &[0x1ff8, 0, 0, 32]),
+    ];
     vec![
+        ("mediated", conversation(&mediated)),
         ("ask", conversation(&ask)),
         ("access", conversation(&access)),
         ("memory", conversation(&memory)),

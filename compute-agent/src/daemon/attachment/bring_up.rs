@@ -41,6 +41,8 @@ impl Owner {
                     Err(reason) => return self.fail(reason).await,
                 },
             };
+            // What a worker of another device may have left.
+            self.context.custody.begin_anew(&self.record.id);
             match self.launch(&device).await {
                 Launched::Ready => break,
                 Launched::Unwanted => return self.enter(Phase::Detaching { force: true }).await,
@@ -120,6 +122,7 @@ impl Owner {
             _force = self.detach_wanted() => Launched::Unwanted,
         };
         let worker = starting.into_worker();
+        self.context.chooser.has_changed(device);
         if matches!(outcome, Launched::Ready) {
             self.worker = Some(worker);
         } else {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use log::warn;
+use tokio::sync::watch;
 
 use super::super::process::StartError;
 use super::super::store::Phase;
@@ -36,6 +37,23 @@ impl Deaths {
     }
 }
 
+/// What a watched attachment has to be looked after for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Happened {
+    Died,
+    Unwanted { force: bool },
+    Link,
+}
+
+/// Waits for news of the link.
+async fn next(link: &mut watch::Receiver<Option<String>>) -> Happened {
+    if link.changed().await.is_err() {
+        // Its entry goes with the attachment only.
+        std::future::pending::<()>().await;
+    }
+    Happened::Link
+}
+
 /// The pause after so many failures.
 fn pause(failures: u32) -> Duration {
     if failures == 0 {
@@ -52,6 +70,7 @@ impl Owner {
             count: 0,
             started: Instant::now(),
         };
+        let mut link = self.link_down.clone();
         loop {
             let Some(worker) = self.worker.take() else {
                 let lost = "the worker was gone when this daemon came".to_owned();
@@ -60,12 +79,17 @@ impl Owner {
                 }
                 continue;
             };
-            let force = tokio::select! {
-                () = worker.ended() => None,
-                force = self.detach_wanted() => Some(force),
+            let happened = tokio::select! {
+                () = worker.ended() => Happened::Died,
+                force = self.detach_wanted() => Happened::Unwanted { force },
+                changed = next(&mut link) => changed,
             };
             let worker = self.worker.insert(worker);
-            if let Some(force) = force {
+            if happened == Happened::Link {
+                self.publish();
+                continue;
+            }
+            if let Happened::Unwanted { force } = happened {
                 self.degraded = None;
                 self.record.reason = None;
                 return self.enter(Phase::Detaching { force }).await;
@@ -89,9 +113,11 @@ impl Owner {
         };
         self.degraded = Some(format!("{lost}; it is replaced"));
         self.publish();
-        // A VMM does not come back to a vfio-user socket: it needs a new device.
+        // A VMM does not come back to a vfio-user socket: if its connection has died with the worker, it
+        // needs a new device.
         let anew = self.record.spec.vm != Vm::None
-            && matches!(self.record.spec.endpoint, EndpointSpec::VfioUser { .. });
+            && matches!(self.record.spec.endpoint, EndpointSpec::VfioUser { .. })
+            && !self.context.custody.can_resume(&self.record.id);
         if anew && !self.unplug_by_force().await {
             self.fail(format!(
                 "{lost}, and its VM keeps what has nobody behind it"

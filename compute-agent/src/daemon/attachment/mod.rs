@@ -24,6 +24,7 @@ use tokio::task::spawn_blocking;
 
 use super::choose::Chooser;
 use super::config::Config;
+use super::custody::Custody;
 use super::events::Events;
 use super::hot_plug::HotPlug;
 use super::metrics::Counts;
@@ -42,6 +43,8 @@ pub struct Context {
     pub store: Arc<Store>,
     /// What plugs devices into VMs.
     pub hot_plug: Arc<dyn HotPlug>,
+    /// What outlives workers.
+    pub custody: Arc<Custody>,
     /// How workers are started.
     pub launcher: Launcher,
     /// Who is told what happens.
@@ -62,6 +65,7 @@ enum Wish {
 pub struct Handle {
     status: watch::Receiver<Attachment>,
     wish: watch::Sender<Wish>,
+    custody: Arc<Custody>,
 }
 
 impl Handle {
@@ -78,6 +82,7 @@ impl Handle {
         if self.is_leaving() && now.state != AttachmentState::Detached {
             now.state = AttachmentState::Detaching;
         }
+        now.statistics = self.custody.statistics(&now.id);
         now
     }
 
@@ -118,6 +123,7 @@ pub struct Gone(Owner);
 impl Gone {
     /// Tells. After this, an attachment of the same id may be another one.
     pub fn say_gone(mut self) {
+        self.0.date(AttachmentState::Detached);
         self.0.show(AttachmentState::Detached, None);
     }
 }
@@ -130,6 +136,8 @@ pub struct Owner {
     worker: Option<Worker>,
     /// Why what the VM asks for waits, if it does.
     degraded: Option<String>,
+    /// Why its link is lost, if it is, as its worker says.
+    link_down: watch::Receiver<Option<String>>,
     status: watch::Sender<Attachment>,
     wish: watch::Receiver<Wish>,
     wishes: watch::Sender<Wish>,
@@ -150,14 +158,17 @@ impl Owner {
             _ => Wish::Keep,
         };
         let wishes = watch::Sender::new(first);
+        // It is no news how an earlier daemon has left it.
+        let (state, reason) = shown(&record, None);
         let mut owner = Self {
+            link_down: context.custody.admit(&record.id),
             status: watch::Sender::new(Attachment {
                 id: record.id.to_string(),
                 spec: record.spec.clone(),
                 device: None,
-                state: AttachmentState::Attaching,
+                state,
                 since: record.since.clone(),
-                reason: None,
+                reason,
                 socket: None,
                 worker: None,
                 statistics: None,
@@ -174,6 +185,7 @@ impl Owner {
         let handle = Handle {
             status: owner.status.subscribe(),
             wish: wishes,
+            custody: owner.context.custody.clone(),
         };
         (owner, handle)
     }
@@ -209,8 +221,10 @@ impl Owner {
     /// Goes on to a phase: remembers it, and tells.
     async fn enter(&mut self, phase: Phase) {
         self.record.phase = phase;
+        let (state, reason) = self.seen();
+        self.date(state);
         self.save().await;
-        self.publish();
+        self.show(state, reason);
     }
 
     /// Gives up: takes away what there is of it, and remembers why.
@@ -231,6 +245,10 @@ impl Owner {
         if let Some(worker) = self.worker.take() {
             worker.stop().await;
         }
+        if let Some(device) = &self.record.device {
+            self.context.chooser.has_changed(device);
+        }
+        self.context.custody.begin_anew(&self.record.id);
         let _ = std::fs::remove_file(&self.socket);
     }
 
@@ -246,25 +264,27 @@ impl Owner {
 
     /// Shows it as it is now to who asks, and tells when that is news.
     fn publish(&mut self) {
-        let (state, reason) = match self.record.phase {
-            Phase::Starting | Phase::Plugging => (AttachmentState::Attaching, None),
-            Phase::Attached => match &self.degraded {
-                Some(why) => (AttachmentState::Degraded, Some(why.clone())),
-                None => (AttachmentState::Ready, self.record.reason.clone()),
-            },
-            Phase::Detaching { .. } => (AttachmentState::Detaching, None),
-            Phase::Failed => (AttachmentState::Failed, self.record.reason.clone()),
-        };
+        let (state, reason) = self.seen();
+        self.date(state);
         self.show(state, reason);
+    }
+
+    /// How it is, and why.
+    fn seen(&mut self) -> (AttachmentState, Option<String>) {
+        let down = self.link_down.borrow_and_update().clone();
+        shown(&self.record, self.degraded.clone().or(down))
+    }
+
+    /// Notes the time, if this state is not the one that is shown.
+    fn date(&mut self, state: AttachmentState) {
+        if state != self.status.borrow().state {
+            self.record.since = farbus_rest::timestamp(SystemTime::now());
+        }
     }
 
     fn show(&mut self, state: AttachmentState, reason: Option<String>) {
         let before = self.status.borrow().state;
         let known = self.status.borrow().reason.clone();
-        // The first is no news when it is how an earlier daemon has left it.
-        if state != before {
-            self.record.since = farbus_rest::timestamp(SystemTime::now());
-        }
         let restarts = self.record.restarts;
         self.status.send_modify(|shown| {
             shown.state = state;
@@ -324,6 +344,17 @@ impl Owner {
                 Err(HotplugError::NoVm)
             }
         }
+    }
+}
+
+/// How an attachment is, and why; `waits` is why what its VM asks for waits, if it does.
+fn shown(record: &Record, waits: Option<String>) -> (AttachmentState, Option<String>) {
+    match record.phase {
+        Phase::Starting | Phase::Plugging => (AttachmentState::Attaching, None),
+        Phase::Attached if waits.is_some() => (AttachmentState::Degraded, waits),
+        Phase::Attached => (AttachmentState::Ready, record.reason.clone()),
+        Phase::Detaching { .. } => (AttachmentState::Detaching, None),
+        Phase::Failed => (AttachmentState::Failed, record.reason.clone()),
     }
 }
 

@@ -32,6 +32,7 @@ impl Owner {
             self.record.plugged = false;
         }
         self.end_worker().await;
+        self.context.custody.release(&self.record.id);
         self.context.chooser.release(&self.record.id);
         let (store, id) = (self.context.store.clone(), self.record.id.clone());
         match spawn_blocking(move || store.forget(&id)).await {

@@ -1,0 +1,7 @@
+//! Plugging and unplugging against VMMs that are played by a script: refusals, guests that say no,
+//! and peers that are no VMM at all.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod hostile;
+mod peer;
+mod qemu;
