@@ -9,6 +9,6 @@ use farbus_device_server::cli::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    farbus_rest::logging::init(cli.log_level, cli.log_format, None);
+    farbus_rest::logging::init(cli.log_level, cli.log_format);
     cli.run()
 }

@@ -71,7 +71,8 @@ fn daemon_killed_at_any_moment_leaves_nothing_half_made() -> TestResult {
             assert_eq!(bed.service.workers().len(), 1, "round {round}");
         } else {
             // It may be gone before this comes.
-            bed.service.ask(Method::DELETE, "/v1/attachments/vm1?wait=60", None)?;
+            bed.service
+                .ask(Method::DELETE, "/v1/attachments/vm1?wait=60", None)?;
             assert_eq!(bed.service.attachment("vm1")?, None);
             assert!(bed.service.workers().is_empty(), "round {round}");
             assert_eq!(bed.service.remains(), Vec::<std::path::PathBuf>::new());
