@@ -1,6 +1,7 @@
 //! The command line: what it accepts, what it starts, and the exit codes.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,6 +21,8 @@ use farbus_vfio::Function;
 use log::{LevelFilter, debug, error, info};
 
 use crate::api::Msix;
+use crate::custody::worker::{CONTROLLER, key};
+use crate::custody::{Client, Custody};
 use crate::daemon;
 use crate::daemon::cli::{SERVE_HELP, ServeArgs};
 use crate::reconnect::{MIN_PAUSE, Source};
@@ -66,7 +69,7 @@ Prints one line that begins with \"ready\" when a VMM can connect. For QEMU, the
 memory must be shared (memory-backend-memfd with share=on).
 
 {EXIT_CODES}"))]
-    Attach(AttachArgs),
+    Attach(Box<AttachArgs>),
     /// Gives devices to the VMs of this host, by REST: the agent as a service, until SIGTERM.
     #[command(after_help = SERVE_HELP)]
     Serve(ServeArgs),
@@ -133,12 +136,15 @@ struct AttachArgs {
     /// while that pays; always never sleeps; never sleeps at once.
     #[arg(long, value_name = "POLICY", default_value_t, value_parser = poll_parser())]
     poll: Polling,
+    /// The daemon's socket, where this process hands over what a successor needs of it.
+    #[arg(long, value_name = "PATH", hide = true, requires = "id")]
+    custody: Option<PathBuf>,
+    /// The attachment's id there.
+    #[arg(long, value_name = "ID", hide = true, requires = "custody")]
+    id: Option<String>,
     /// Print the ready line as a JSON object; a failure before that, too.
     #[arg(long)]
     json: bool,
-    /// The attachment that this is the worker of.
-    #[arg(long, value_name = "ID", hide = true)]
-    id: Option<String>,
 }
 
 fn parse_export_name(name: &str) -> Result<ExportName, String> {
@@ -238,24 +244,70 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         },
         allow_tcp_fallback: args.allow_tcp_fallback,
     };
+    let custody = custody(args)?;
+    if let (Some(path), true) = (&args.vfio_user, custody.held(&key(CONTROLLER)).is_some()) {
+        return resume(args, path, source, custody);
+    }
     let deadline = Duration::from_secs(args.connect_timeout);
     let remote = claim_at_start(args, &mut source, deadline)
         .map_err(anyhow::Error::new)
         .and_then(|claimed| {
-            let function = RemoteFunction::new(format!("{name} of {}", args.from), claimed)?;
-            Ok(Arc::new(function))
+            let label = format!("{name} of {}", args.from);
+            let function = if custody.is_some() && args.vfio_user.is_some() {
+                RemoteFunction::with_record(label, claimed)
+            } else {
+                RemoteFunction::new(label, claimed)
+            };
+            Ok(Arc::new(function?))
         })
         .with_context(|| format!("export {name} of {} cannot be claimed", args.from))
         .map_err(|error| Failure(3, error))?;
     let Some(path) = &args.vfio_user else {
-        return attach_vhost_user(args, inherited, remote, source);
+        return attach_vhost_user(args, inherited, remote, source, &custody);
     };
     let function: Arc<dyn Function> = remote.clone();
+    let bound = || match custody.is_some() {
+        true => Endpoint::bind_kept(path, function, custody.clone()),
+        false => Endpoint::bind(path, function),
+    };
     let endpoint = make_directory(path)
-        .and_then(|()| Ok(Endpoint::bind(path, function)?.with_msix(args.msix)))
+        .and_then(|()| Ok(bound()?.with_msix(args.msix)))
         .with_context(|| not_offered(path))
         .map_err(|error| Failure(4, error))?;
-    serve(args, endpoint, remote, source).map_err(|error| Failure(1, error))
+    if let Some(record) = remote.record() {
+        // The last of what a successor cannot do without: with it there is something to take up.
+        custody.keep(vec![(key(CONTROLLER), record.as_fd())]);
+    }
+    serve(args, endpoint, remote, source, &custody).map_err(|error| Failure(1, error))
+}
+
+/// Connects to the daemon, if this process has one.
+fn custody(args: &AttachArgs) -> Result<Custody, Failure> {
+    let (Some(path), Some(id)) = (&args.custody, &args.id) else {
+        return Ok(Custody::none());
+    };
+    let client = Client::connect(path, id).map_err(|error| Failure(1, error.into()))?;
+    Ok(Custody::new(client))
+}
+
+/// Goes on where a predecessor was killed. The VMM is answered at once; what needs the device waits
+/// for a new claim.
+fn resume(args: &AttachArgs, path: &Path, source: Source, custody: Custody) -> Result<(), Failure> {
+    let label = format!("{} of {}", args.export.as_str(), args.from);
+    let left = custody.held(&key(CONTROLLER));
+    let remote = left.map(|memory| RemoteFunction::resume(label, memory));
+    let remote = remote
+        .transpose()
+        .map_err(|error| Failure(1, error.into()))?
+        .map(Arc::new)
+        .ok_or_else(|| Failure(1, anyhow::anyhow!("there is nothing to take up")))?;
+    let function: Arc<dyn Function> = remote.clone();
+    let endpoint = Endpoint::resume(path, function, args.msix, custody.clone())
+        .with_context(|| not_offered(path))
+        .map_err(|error| Failure(4, error))?;
+    remote.recover().map_err(|error| Failure(1, error.into()))?;
+    info!("goes on where another process was");
+    serve(args, endpoint, remote, source, &custody).map_err(|error| Failure(1, error))
 }
 
 /// Claims the export. The device server may still be ending the claim of who had it before, so this
@@ -291,6 +343,7 @@ fn attach_vhost_user(
     inherited: Option<Socket>,
     remote: Arc<RemoteFunction>,
     source: Source,
+    custody: &Custody,
 ) -> Result<(), Failure> {
     let socket = match (inherited, &args.vhost_user.vhost_user_blk) {
         (Some(socket), _) => Ok(socket),
@@ -309,7 +362,13 @@ fn attach_vhost_user(
         .context("the drive cannot be used")
         .map_err(|error| Failure(3, error))?;
     announce(args).map_err(|error| failed(error.into()))?;
+    if let Some(mut client) = custody.client() {
+        client.ready();
+    }
     worker.run(socket).map_err(failed)?;
+    if let Some(mut client) = custody.client() {
+        client.bye();
+    }
     info!("ended in order");
     Ok(())
 }
@@ -319,9 +378,13 @@ fn serve(
     endpoint: Endpoint,
     remote: Arc<RemoteFunction>,
     source: Source,
+    custody: &Custody,
 ) -> anyhow::Result<()> {
-    let worker = Worker::new(endpoint, remote, source, args.poll)?;
+    let worker = Worker::new(endpoint, remote, source, args.poll, custody.clone())?;
     announce(args)?;
+    if let Some(mut client) = custody.client() {
+        client.ready();
+    }
     worker.run()?;
     info!("ended in order");
     Ok(())

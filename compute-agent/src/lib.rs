@@ -8,8 +8,8 @@
 //! - [`reconnect`]: how a lost link is replaced.
 //! - [`upkeep`]: what an event loop does to keep its link.
 //! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
-//! - [`hotplug`]: what plugs an endpoint into a running VM.
 //! - [`custody`]: how an attachment outlives the process that carries it.
+//! - [`hotplug`]: what plugs an endpoint into a running VM.
 //! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
 #![deny(unsafe_code)]
 

@@ -48,12 +48,16 @@ pub struct Upkeep {
     linked: Instant,
     /// How long to wait before the next attempt to get one.
     pause: Duration,
+    /// Why there is no link.
+    why: Option<String>,
+    is_linked: bool,
 }
 
 impl Upkeep {
-    /// For a function that is linked. Its events have `data`, and `done`'s are [`Self::claimed`]'s.
+    /// For a function that is linked, or is to be. Its events have `data`, and `done`'s are [`Self::claimed`]'s.
     pub fn new(remote: Arc<RemoteFunction>, source: Source, data: u32) -> io::Result<Self> {
-        Ok(Self {
+        let is_linked = remote.is_linked();
+        let mut upkeep = Self {
             remote,
             source,
             done: Arc::new(EventFd::new(EFD_NONBLOCK)?),
@@ -63,7 +67,24 @@ impl Upkeep {
             ready: false,
             linked: Instant::now(),
             pause: Duration::ZERO,
-        })
+            why: None,
+            is_linked,
+        };
+        if !is_linked {
+            upkeep.why = Some("the process that had it has ended".into());
+            upkeep.start()?;
+        }
+        Ok(upkeep)
+    }
+
+    /// Whether there is a link.
+    pub fn is_linked(&self) -> bool {
+        self.is_linked
+    }
+
+    /// Why there is none.
+    pub fn why(&self) -> Option<&str> {
+        self.why.as_deref()
     }
 
     /// The eventfd whose events are for [`Self::claimed`].
@@ -94,6 +115,8 @@ impl Upkeep {
                 "the link to {} is lost ({}); what the guest has asked for waits for a new one",
                 self.source.address, lost.error
             );
+            self.is_linked = false;
+            self.why = Some(lost.error.to_string());
             // A link that dies as soon as it is there would come and go without end.
             self.pause = if self.linked.elapsed() > STABLE {
                 Duration::ZERO
@@ -121,10 +144,14 @@ impl Upkeep {
         let linked = match self.remote.reconnect(claimed) {
             Ok(()) => {
                 info!("the drive's controller is rebuilt on the new link");
+                self.is_linked = true;
+                self.why = None;
                 true
             }
             Err(error) => {
-                error!("{:#}", anyhow::Error::new(error));
+                let error = format!("{:#}", anyhow::Error::new(error));
+                error!("{error}");
+                self.why = Some(error);
                 // An operator may give the export its old form again.
                 self.pause = MAX_PAUSE;
                 self.start()?;

@@ -20,6 +20,9 @@ use rustix::time::{
 };
 use vmm_sys_util::epoll::EventSet;
 
+use crate::custody::Custody;
+use crate::custody::messages::Link;
+use crate::custody::worker::Asked;
 use crate::reconnect::Source;
 use crate::upkeep::{TICK, Upkeep, signals};
 use crate::vfio_user::Endpoint;
@@ -87,6 +90,13 @@ pub struct Worker {
     timer: OwnedFd,
     /// When that is.
     timer_set: Option<Instant>,
+    custody: Custody,
+    /// The keeper has said something, or gone.
+    keeper_ready: Flag,
+    keeper: SubscriberId,
+    /// What the event loop watches for that.
+    keeper_watched: Option<(u64, OwnedFd)>,
+    was_linked: Option<bool>,
 }
 
 impl Worker {
@@ -96,6 +106,7 @@ impl Worker {
         remote: Arc<RemoteFunction>,
         source: Source,
         polling: Polling,
+        custody: Custody,
     ) -> anyhow::Result<Self> {
         remote.look_for_doorbells();
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
@@ -103,7 +114,7 @@ impl Worker {
             timerfd_create(TimerfdClockId::Monotonic, flags).context("a timer cannot be made")?;
         let signals = signals()?;
         let upkeep = Upkeep::new(remote.clone(), source, 0)?;
-        let [link_ready, ended, claimed, gone_off] = <[Flag; 4]>::default();
+        let [link_ready, ended, claimed, gone_off, keeper_ready] = <[Flag; 5]>::default();
         let mut manager = EventManager::new().context("the event loop cannot be made")?;
         // Each time that the timer goes off is an event, so that nobody has to read it.
         let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
@@ -119,6 +130,11 @@ impl Worker {
         let mut worker = Self {
             endpoint: manager.add_subscriber(Subscriber::Endpoint(Box::new(endpoint))),
             link: manager.add_subscriber(Subscriber::Flag(link_ready.clone())),
+            keeper: manager.add_subscriber(Subscriber::Flag(keeper_ready.clone())),
+            keeper_ready,
+            keeper_watched: None,
+            was_linked: None,
+            custody,
             manager,
             upkeep,
             remote,
@@ -132,6 +148,7 @@ impl Worker {
             timer_set: None,
         };
         worker.look_after_link()?;
+        worker.look_after_keeper()?;
         Ok(worker)
     }
 
@@ -160,8 +177,12 @@ impl Worker {
             if Instant::now() >= due {
                 due = Instant::now() + TICK;
                 self.remote.tick();
+                self.keeper_ready.raise();
             }
             self.look_after_link()?;
+            if self.keeper_ready.take() {
+                self.look_after_keeper()?;
+            }
             if self.ended.is_raised() {
                 self.end();
                 return Ok(());
@@ -213,6 +234,47 @@ impl Worker {
         if self.claimed.take() {
             self.upkeep.claimed(&mut ops)?;
         }
+        if self.was_linked.is_some() && self.was_linked != Some(self.upkeep.is_linked()) {
+            self.keeper_ready.raise();
+        }
+        Ok(())
+    }
+
+    /// Hears the keeper, looks for a new one if it has gone, and tells it how the link is.
+    fn look_after_keeper(&mut self) -> anyhow::Result<()> {
+        let linked = self.remote.is_linked();
+        let Some(mut client) = self.custody.client() else {
+            return Ok(());
+        };
+        if client.listen() == Asked::Stop {
+            self.ended.raise();
+        }
+        client.look_for_keeper();
+        if self.was_linked.replace(linked) != Some(linked) {
+            let (link, reason) = if linked {
+                (Link::Up, None)
+            } else {
+                (Link::Down, self.upkeep.why().map(ToOwned::to_owned))
+            };
+            client.link(link, reason);
+        }
+        let number = client.keepers();
+        if self.keeper_watched.as_ref().map(|(of, _)| *of) == number {
+            return Ok(());
+        }
+        let mut ops = self.manager.event_ops(self.keeper)?;
+        let failed = "the event loop does not take the daemon's socket";
+        if let Some((_, old)) = self.keeper_watched.take() {
+            ops.remove(Events::empty_raw(old.as_raw_fd()))
+                .context(failed)?;
+        }
+        if let (Some(number), Some(fd)) = (number, client.descriptor()) {
+            // Its own, which stays open until the event loop has forgotten it.
+            let fd = fd.try_clone_to_owned().context(failed)?;
+            ops.add(Events::new_raw(fd.as_raw_fd(), EventSet::IN))
+                .context(failed)?;
+            self.keeper_watched = Some((number, fd));
+        }
         Ok(())
     }
 
@@ -223,5 +285,8 @@ impl Worker {
             Err(error) => error!("the endpoint is not shut down: {error}"),
         }
         self.remote.release();
+        if let Some(mut client) = self.custody.client() {
+            client.bye();
+        }
     }
 }

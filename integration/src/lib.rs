@@ -39,6 +39,7 @@ pub mod cloud_hypervisor;
 #[allow(unsafe_code, reason = "an allocator is unsafe to write")]
 pub mod counting;
 pub mod counts;
+pub mod custody;
 pub mod daemon;
 pub mod deadline;
 pub mod demo;

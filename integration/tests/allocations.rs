@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use farbus_compute_agent::custody::Custody;
 use farbus_compute_agent::reconnect::Source;
 use farbus_compute_agent::vfio_user::Endpoint;
 use farbus_compute_agent::worker::Worker;
@@ -109,7 +110,9 @@ impl Daemons {
         let agent = Builder::new()
             .name("agent".into())
             .spawn(move || {
-                let worker = Worker::new(endpoint, remote, export, Polling::Adaptive).unwrap();
+                let worker =
+                    Worker::new(endpoint, remote, export, Polling::Adaptive, Custody::none())
+                        .unwrap();
                 worker.run().unwrap();
             })
             .unwrap();

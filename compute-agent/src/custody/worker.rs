@@ -24,6 +24,10 @@ pub const SESSION: &str = "session";
 pub const LISTENER: &str = "listener";
 /// The key of the VMM's connection.
 pub const CONNECTION: &str = "connection";
+/// The keys of the pipe that answers to the VMM go through.
+pub const PIPE_IN: &str = "pipe-in";
+/// See [`PIPE_IN`].
+pub const PIPE_OUT: &str = "pipe-out";
 
 /// How long a keeper may take to answer, or to take what is said.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -64,6 +68,8 @@ pub struct Client {
     kept: BTreeMap<Key, OwnedFd>,
     ready: bool,
     link: Option<(Link, Option<String>)>,
+    /// Keepers so far.
+    keepers: u64,
 }
 
 /// What the keeper wants.
@@ -85,6 +91,7 @@ impl Client {
             kept: BTreeMap::new(),
             ready: false,
             link: None,
+            keepers: 1,
         };
         let socket = client.greet(false)?;
         let mut left = match answer(&socket)? {
@@ -121,6 +128,11 @@ impl Client {
     /// The keeper's socket, to be watched for events; `None` while there is no keeper.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.socket.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Which keeper this is, counted from the first; `None` while there is none.
+    pub fn keepers(&self) -> Option<u64> {
+        self.socket.as_ref().map(|_| self.keepers)
     }
 
     /// A duplicate of what is held under this key.
@@ -229,6 +241,7 @@ impl Client {
             return false;
         };
         self.socket = Some(socket);
+        self.keepers += 1;
         let keys: Vec<_> = self.kept.keys().cloned().collect();
         self.hand_over(&keys);
         if self.ready {
@@ -321,6 +334,18 @@ impl Custody {
     pub fn forget(&self, keys: &[Key]) {
         if let Some(mut client) = self.client() {
             client.forget(keys);
+        }
+    }
+
+    /// The VMM has gone: nothing of it is held any more. What outlives it is.
+    pub fn forget_session(&self) {
+        if let Some(mut client) = self.client() {
+            let outlives = [CONTROLLER, SESSION, LISTENER];
+            let gone = client
+                .keys()
+                .filter(|key| !outlives.contains(&key.as_str()));
+            let gone: Vec<_> = gone.cloned().collect();
+            client.forget(&gone);
         }
     }
 

@@ -124,7 +124,7 @@ impl Service {
                 program: "/proc/self/exe".into(),
                 log_level: self.log_level,
                 log_format: self.log_format,
-                custody: None,
+                custody: Some(custody.path().to_owned()),
                 connect_timeout: self.connect_timeout,
             },
             custody: Arc::new(custody),

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use farbus_vfio::{Iova, sigbus};
@@ -12,6 +12,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::sharing::{Sharing, sharing_of};
 use super::{MAX_WINDOWS, PAGE};
+use crate::custody::Custody;
+use crate::custody::messages::Key;
 
 /// The most files at once; a VMM has one per memory backend.
 const MAX_FILES: usize = 256;
@@ -133,7 +135,7 @@ impl MapError {
 
 /// Names a mapping of a file for as long as a window uses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct FileId(u64);
+pub(super) struct FileId(pub(super) u64);
 
 /// A file is the same when device and inode are: its descriptor stays open with the
 /// mapping, so that the inode number cannot come to mean another file.
@@ -158,7 +160,12 @@ pub(super) struct MemoryFiles {
     files: Vec<MemoryFile>,
     next_id: u64,
     lost: Arc<EventFd>,
+    /// Holds the files for a successor.
+    custody: Custody,
 }
+
+/// What the files are kept under, each with its id.
+const MEMORY: &str = "memory";
 
 impl MemoryFiles {
     pub(super) fn new(lost: Arc<EventFd>) -> Self {
@@ -166,6 +173,56 @@ impl MemoryFiles {
             files: Vec::new(),
             next_id: 0,
             lost,
+            custody: Custody::none(),
+        }
+    }
+
+    /// From now on the files are in custody.
+    pub(super) fn keep(&mut self, custody: Custody) {
+        self.custody = custody;
+    }
+
+    /// Takes up the files that a predecessor had.
+    pub(super) fn resume(&mut self) -> Result<(), MapError> {
+        for (id, fd) in self.custody.held_all(MEMORY) {
+            let failed = |what| {
+                move |e: rustix::io::Errno| MapError::Io {
+                    what,
+                    source: e.into(),
+                }
+            };
+            let stat = fstat(&fd).map_err(failed("asking for the size of a memory file"))?;
+            let mode = fcntl_getfl(&fd).map_err(failed("asking for the mode of a memory file"))?;
+            let identity = Identity {
+                dev: stat.st_dev,
+                inode: stat.st_ino,
+                writable: mode & OFlags::ACCMODE == OFlags::RDWR,
+            };
+            self.next_id = id;
+            self.map(fd, identity, u64::try_from(stat.st_size).unwrap_or(0))?;
+        }
+        Ok(())
+    }
+
+    /// A descriptor of a file that is mapped.
+    pub(super) fn descriptor(&self, id: u64) -> Result<OwnedFd, MapError> {
+        let file = self.files.iter().find(|file| file.id.0 == id);
+        let file = file.and_then(|file| file.memory.file_offset());
+        let gone = || io::Error::from(io::ErrorKind::NotFound);
+        let fd = file
+            .ok_or_else(gone)
+            .and_then(|file| file.file().try_clone());
+        fd.map(Into::into).map_err(|source| MapError::Io {
+            what: "finding the file of a window",
+            source,
+        })
+    }
+
+    fn forget(&self, gone: impl Fn(&MemoryFile) -> bool) {
+        let gone = self.files.iter().filter(|file| gone(file));
+        let keys: Vec<_> = gone.map(|file| Key::numbered(MEMORY, file.id.0)).collect();
+        if !keys.is_empty() {
+            self.custody.forget(&keys);
         }
     }
 
@@ -178,6 +235,7 @@ impl MemoryFiles {
     }
 
     pub(super) fn clear(&mut self) {
+        self.forget(|_| true);
         self.files.clear();
     }
 
@@ -275,6 +333,10 @@ impl MemoryFiles {
             })?;
         let id = FileId(self.next_id);
         self.next_id += 1;
+        if let Some(file) = memory.file_offset() {
+            let key = Key::numbered(MEMORY, id.0);
+            self.custody.keep(vec![(key, file.file().as_fd())]);
+        }
         self.files.push(MemoryFile {
             id,
             identity,
@@ -299,11 +361,13 @@ impl MemoryFiles {
         };
         file.windows = file.windows.saturating_sub(1);
         if file.windows == 0 {
+            self.forget(|file| file.windows == 0 && file.id != id);
             self.files.retain(|file| file.windows > 0 || file.id == id);
         }
     }
 
     fn drop_idle(&mut self) {
+        self.forget(|file| file.windows == 0);
         self.files.retain(|file| file.windows > 0);
     }
 }

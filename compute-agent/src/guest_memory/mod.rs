@@ -16,7 +16,7 @@ mod sharing;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -25,6 +25,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use self::file::MapError;
 use self::file::{FileId, MemoryFiles};
+use crate::custody::Custody;
+use crate::vfio_user::record::{SessionRecord, WindowRecord};
 
 /// The most windows at once (vfio-user's default for `max_dma_maps`).
 pub const MAX_WINDOWS: usize = 65535;
@@ -51,6 +53,8 @@ struct Window {
     /// Where its last byte is.
     last: u64,
     file: Option<FileId>,
+    /// Its place in the record.
+    place: usize,
 }
 
 /// A window that has been checked and is not entered yet.
@@ -58,6 +62,7 @@ struct Window {
 pub struct Prepared {
     iova: Iova,
     entry: Window,
+    access: DmaAccess,
     /// What the function is to be given; `None` for a window without a file.
     pub window: Option<DmaWindow>,
 }
@@ -76,6 +81,11 @@ pub struct Span {
 pub struct GuestMemory {
     windows: BTreeMap<u64, Window>,
     files: MemoryFiles,
+    /// Where a successor finds the windows, if there is to be one; with the places in there that
+    /// are free, as far as they were ever used.
+    record: Option<SessionRecord>,
+    free_places: Vec<usize>,
+    used_places: usize,
 }
 
 impl GuestMemory {
@@ -85,7 +95,48 @@ impl GuestMemory {
         Self {
             windows: BTreeMap::new(),
             files: MemoryFiles::new(lost),
+            record: None,
+            free_places: Vec::new(),
+            used_places: 0,
         }
+    }
+
+    /// The same, with the windows in the record and their files in custody.
+    pub(crate) fn keep(mut self, record: SessionRecord, custody: Custody) -> Self {
+        self.files.keep(custody);
+        self.record = Some(record);
+        self
+    }
+
+    /// Takes up what a predecessor had mapped; says what the function is to be given.
+    pub(crate) fn resume(
+        &mut self,
+        windows: Vec<(usize, WindowRecord)>,
+        peer: Option<u32>,
+    ) -> Result<Vec<DmaWindow>, MapError> {
+        self.files.resume()?;
+        let used: BTreeSet<usize> = windows.iter().map(|(place, _)| *place).collect();
+        self.used_places = used.last().map_or(0, |last| last + 1);
+        self.free_places = (0..self.used_places)
+            .filter(|place| !used.contains(place))
+            .collect();
+        let mut given = Vec::new();
+        for (place, window) in windows {
+            let file = match window.file {
+                Some((id, offset)) => Some((self.files.descriptor(id)?, offset)),
+                None => None,
+            };
+            let request = MapRequest {
+                iova: window.iova,
+                size: window.size,
+                access: window.access,
+                file,
+            };
+            let mut prepared = self.prepare_unaligned(request, peer)?;
+            given.extend(prepared.window.take());
+            self.enter_at(prepared, place);
+        }
+        Ok(given)
     }
 
     /// Checks a request of the process `peer` and maps its file where that is not done yet.
@@ -139,7 +190,12 @@ impl GuestMemory {
         let Some((fd, offset)) = file else {
             return Ok(Prepared {
                 iova,
-                entry: Window { last, file: None },
+                entry: Window {
+                    last,
+                    file: None,
+                    place: 0,
+                },
+                access,
                 window: None,
             });
         };
@@ -157,13 +213,34 @@ impl GuestMemory {
             entry: Window {
                 last,
                 file: Some(id),
+                place: 0,
             },
+            access,
             window: Some(window),
         })
     }
 
     /// Enters a prepared window.
     pub fn enter(&mut self, prepared: Prepared) {
+        let place = self.free_places.pop().unwrap_or_else(|| {
+            self.used_places += 1;
+            self.used_places - 1
+        });
+        if let Some(record) = &self.record {
+            let offset = prepared.window.as_ref().map_or(0, |window| window.offset);
+            let window = WindowRecord {
+                iova: prepared.iova,
+                size: prepared.entry.last - prepared.iova.0 + 1,
+                access: prepared.access,
+                file: prepared.entry.file.map(|id| (id.0, offset as u64)),
+            };
+            record.set_window(place, &window);
+        }
+        self.enter_at(prepared, place);
+    }
+
+    fn enter_at(&mut self, mut prepared: Prepared, place: usize) {
+        prepared.entry.place = place;
         if let Some(id) = prepared.entry.file {
             self.files.add_window(id);
         }
@@ -218,14 +295,26 @@ impl GuestMemory {
             return;
         };
         while let Some((&start, _)) = self.windows.range(iova.0..=last).next() {
-            if let Some(Window { file: Some(id), .. }) = self.windows.remove(&start) {
-                self.files.remove_window(id);
+            let Some(Window { file, place, .. }) = self.windows.remove(&start) else {
+                return;
+            };
+            if let Some(record) = &self.record {
+                record.clear_window(place);
             }
+            self.free_places.push(place);
+            file.into_iter().for_each(|id| self.files.remove_window(id));
         }
     }
 
     /// Forgets everything, which the function has given back.
     pub fn clear(&mut self) {
+        for window in self.windows.values() {
+            if let Some(record) = &self.record {
+                record.clear_window(window.place);
+            }
+        }
+        self.free_places.clear();
+        self.used_places = 0;
         self.windows.clear();
         self.files.clear();
     }

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use farbus_vfio::user::wire::MAX_MSG_FDS;
+use farbus_vfio::user::wire::{Header, MAX_MSG_FDS};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -14,10 +14,13 @@ use rustix::net::{
 };
 
 use super::inbox::Inbox;
+use super::kept::{Kept, Received};
 use super::msix::Watch;
 use super::outbox::Outbox;
-use super::refusal::End;
-use super::session::{Progress, Session};
+use super::record::{Progress, SessionRecord};
+use super::refusal::{End, Refusal};
+use super::session::{Handled, Session};
+use crate::custody::Custody;
 
 /// How many messages, or writes of coalesced ones, one wake-up handles at most. At some
 /// microseconds each this is far below a millisecond; a burst of posted doorbells fits.
@@ -38,6 +41,8 @@ pub(super) struct Connection {
     inbox: Inbox,
     outbox: Outbox,
     session: Session,
+    /// What has the conversation survive this process, if that is wanted.
+    kept: Option<Kept>,
 }
 
 impl Connection {
@@ -48,6 +53,54 @@ impl Connection {
             inbox: Inbox::new(),
             outbox: Outbox::new(),
             session,
+            kept: None,
+        }
+    }
+
+    /// As [`Self::new`], in memory that a successor finds.
+    pub(super) fn keep(
+        stream: UnixStream,
+        session: Session,
+        record: &SessionRecord,
+        custody: &Custody,
+    ) -> std::io::Result<Self> {
+        let kept = Kept::begin(&stream, record, custody)?;
+        Ok(Self {
+            stream,
+            inbox: Inbox::with_buffer(record.inbox()),
+            outbox: Outbox::with_buffer(record.outbox()),
+            session,
+            kept: Some(kept),
+        })
+    }
+
+    /// Goes on where a predecessor was. `make` has the session, from how far it was and the message
+    /// that was perhaps being handled.
+    pub(super) fn resume(
+        stream: UnixStream,
+        record: &SessionRecord,
+        custody: &Custody,
+        make: impl FnOnce(Progress, Option<(Header, &[u8])>) -> Result<Session, Refusal>,
+    ) -> Result<Self, String> {
+        let mut inbox = Inbox::with_buffer(record.inbox());
+        let mut outbox = Outbox::with_buffer(record.outbox());
+        let (kept, progress) = Kept::resume(&stream, record, custody, &mut inbox, &mut outbox)?;
+        let session = make(progress, inbox.peek()).map_err(|refusal| refusal.to_string())?;
+        let connection = Self {
+            stream,
+            inbox,
+            outbox,
+            session,
+            kept: Some(kept),
+        };
+        connection.note();
+        Ok(connection)
+    }
+
+    /// Has the record say how far the conversation is, if there is a record.
+    fn note(&self) {
+        if let Some(kept) = &self.kept {
+            kept.note(&self.inbox, &self.outbox, self.session.progress());
         }
     }
 
@@ -57,7 +110,7 @@ impl Connection {
 
     /// Whether there are replies that wait until the socket can be written to.
     pub(super) fn has_unsent(&self) -> bool {
-        !self.outbox.is_empty()
+        !self.outbox.is_empty() || self.kept.as_ref().is_some_and(Kept::has_unsent)
     }
 
     /// Whether the client has closed its end; what it sent before may still be unread.
@@ -94,7 +147,14 @@ impl Connection {
     /// Sends interrupts while the socket takes them. Each waits in its table until the one before has
     /// gone out.
     fn raise(&mut self) -> Result<(), End> {
-        while self.outbox.is_empty() && self.session.raise_one(&mut self.outbox)? {
+        while !self.has_unsent() && self.session.raise_one(&mut self.outbox)? {
+            if self.kept.is_some() {
+                // Raised again by a successor, so nothing need be known of it.
+                self.flush_directly()?;
+                if !self.outbox.is_empty() {
+                    self.note();
+                }
+            }
             self.flush()?;
         }
         Ok(())
@@ -112,14 +172,24 @@ impl Connection {
             if *budget == 0 {
                 return Ok(Left::Messages);
             }
+            let fds = message.fds.len();
+            if self.kept.is_some() {
+                self.outbox.make_room();
+            }
             let handled = self.session.handle(message, &mut self.outbox, budget);
             if self.session.memory_lost() {
                 return Err(End::MemoryLost);
             }
-            if handled? == Progress::Unfinished {
+            if handled? == Handled::Unfinished {
+                self.note();
                 return Ok(Left::Messages);
             }
+            let (_, _, at) = self.inbox.progress();
             self.inbox.consume();
+            self.note();
+            if let (Some(kept), 1..) = (&self.kept, fds) {
+                kept.forget_incoming(at, fds);
+            }
             self.flush()?;
         }
         Ok(Left::Nothing)
@@ -127,6 +197,15 @@ impl Connection {
 
     /// Receives once. Whether anything came.
     fn receive(&mut self) -> Result<bool, End> {
+        if let Some(kept) = &mut self.kept {
+            let progress = self.session.progress();
+            let (inbox, outbox) = (&mut self.inbox, &self.outbox);
+            return match kept.receive(&self.stream, inbox, outbox, progress)? {
+                Received::Nothing => Ok(false),
+                Received::Bytes => Ok(true),
+                Received::End => Err(self.closed()),
+            };
+        }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MSG_FDS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -164,6 +243,14 @@ impl Connection {
 
     /// Sends what the socket takes.
     fn flush(&mut self) -> Result<(), End> {
+        if let Some(kept) = &mut self.kept {
+            let progress = self.session.progress();
+            return kept.flush(&self.stream, &self.inbox, &mut self.outbox, progress);
+        }
+        self.flush_directly()
+    }
+
+    fn flush_directly(&mut self) -> Result<(), End> {
         while !self.outbox.is_empty() {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match send(&self.stream, self.outbox.first(), flags) {
@@ -190,6 +277,9 @@ impl Connection {
         // A socket that the client has closed already cannot be shut down, and need not be.
         let _ = shutdown(&self.stream, Shutdown::Both);
         self.session.end(why);
+        if let Some(kept) = &self.kept {
+            kept.end();
+        }
         let held_at_most = 64;
         for _ in 0..held_at_most {
             if !matches!(self.discard(), Ok(1..)) {

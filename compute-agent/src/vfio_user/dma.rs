@@ -56,6 +56,12 @@ pub(super) fn map(
     Ok(())
 }
 
+/// The window that a request to map is about.
+pub(super) fn range_of(body: &[u8]) -> Result<(Iova, u64), Refusal> {
+    let ask = DmaMap::decode(body)?;
+    Ok((Iova(ask.address), ask.size))
+}
+
 /// Unmaps every window in a range, or all of them. The reply is the request's own body.
 pub(super) fn unmap(
     function: &dyn Function,

@@ -1,6 +1,6 @@
 //! The endpoint: a socket in an event loop, which serves one VMM after the other.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,9 +16,12 @@ use super::connection::{Connection, Left};
 use super::listener::{EndpointError, Listener};
 use super::msix::Watch;
 use super::peer::pid_of;
+use super::record::SessionRecord;
 use super::refusal::End;
 use super::session::Session;
 use crate::api::Msix;
+use crate::custody::Custody;
+use crate::custody::worker::{CONNECTION, LISTENER, key};
 
 /// How many clients can be in the course of being turned away.
 const MAX_TURNED_AWAY: usize = 4;
@@ -66,20 +69,102 @@ pub struct Endpoint {
     /// The last attempt to accept failed, and that was logged.
     is_accept_failing: bool,
     is_shut_down: bool,
+    /// Where a successor finds what it needs of the client, if there is to be one.
+    kept: Option<(SessionRecord, Custody)>,
 }
 
 impl Endpoint {
     /// Listens at `path`, which must be free or left behind by a server that is no more. The
     /// socket file has mode 0660 from the beginning.
     pub fn bind(path: &Path, function: Arc<dyn Function>) -> Result<Self, EndpointError> {
-        let name = path.display().to_string();
+        Self::new(Listener::bind(path)?, function)
+    }
+
+    /// As [`Self::bind`], for a process that may be killed: what another one needs to go on is in
+    /// custody.
+    pub fn bind_kept(
+        path: &Path,
+        function: Arc<dyn Function>,
+        custody: Custody,
+    ) -> Result<Self, EndpointError> {
+        let mut endpoint = Self::bind(path, function)?;
+        let record = SessionRecord::create(&custody).map_err(|source| EndpointError::Memory {
+            path: endpoint.name.clone(),
+            source,
+        })?;
+        custody.keep(vec![(key(LISTENER), endpoint.listener.as_fd())]);
+        endpoint.kept = Some((record, custody));
+        Ok(endpoint)
+    }
+
+    /// Goes on where a predecessor was killed: `function` is given the memory and the interrupts
+    /// that the client had given to that one's. Messages are handled from the first round of the event
+    /// loop on.
+    pub fn resume(
+        path: &Path,
+        function: Arc<dyn Function>,
+        msix: Msix,
+        custody: Custody,
+    ) -> Result<Self, EndpointError> {
+        let left = custody.held(&key(LISTENER));
+        let left = left.and_then(|fd| Some((fd, SessionRecord::open(&custody)?)));
+        let (listener, record) = left.ok_or_else(|| EndpointError::NothingLeft {
+            path: path.display().to_string(),
+        })?;
+        let endpoint = Self::new(Listener::resume(listener, path), function)?;
+        let mut endpoint = endpoint.with_msix(msix);
+        let resumed = match custody.held(&key(CONNECTION)) {
+            Some(client) => endpoint.resume_client(client.into(), &record, &custody),
+            None => Ok(()),
+        };
+        if let Err(why) = &resumed {
+            warn!("vfio-user {}: the client is dropped: {why}", endpoint.name);
+        }
+        if endpoint.client.is_none() {
+            custody.forget_session();
+            endpoint.reset_function();
+            record.clear();
+        }
+        endpoint.kept = Some((record, custody));
+        Ok(endpoint)
+    }
+
+    /// Takes up the client that the predecessor had.
+    fn resume_client(
+        &mut self,
+        stream: UnixStream,
+        record: &SessionRecord,
+        custody: &Custody,
+    ) -> Result<(), String> {
+        let peer = pid_of(&stream);
+        let make = |progress, first: Option<(Header, &[u8])>| {
+            let (function, wake) = (self.function.clone(), self.wake.clone());
+            Session::new(function, &self.name, peer, self.msix, wake)
+                .keep(record, custody)
+                .resume(record, progress, first)
+        };
+        self.client = Some(Connection::resume(stream, record, custody, make)?);
+        // Messages may be in the inbox already, and answers in the outbox.
+        let _ = self.wake.write(1);
+        Ok(())
+    }
+
+    /// As when a client has gone.
+    fn reset_function(&self) {
+        if let Err(error) = self.function.reset() {
+            warn!("vfio-user {}: reset: {error}", self.name);
+        }
+    }
+
+    fn new(listener: Listener, function: Arc<dyn Function>) -> Result<Self, EndpointError> {
+        let name = listener.path().display().to_string();
         let wake =
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| EndpointError::EventFd {
                 path: name.clone(),
                 source,
             })?;
         Ok(Self {
-            listener: Listener::bind(path)?,
+            listener,
             name,
             function,
             msix: Msix::Auto,
@@ -92,6 +177,7 @@ impl Endpoint {
             is_listener_paused: false,
             is_accept_failing: false,
             is_shut_down: false,
+            kept: None,
         })
     }
 
@@ -176,9 +262,25 @@ impl Endpoint {
             return;
         }
         let peer = pid_of(&stream);
-        let wake = self.wake.clone();
-        let session = Session::new(self.function.clone(), &self.name, peer, self.msix, wake);
-        self.client = Some(Connection::new(stream, session));
+        let (function, wake) = (self.function.clone(), self.wake.clone());
+        let connection = match &self.kept {
+            None => {
+                let session = Session::new(function, &self.name, peer, self.msix, wake);
+                Ok(Connection::new(stream, session))
+            }
+            Some((record, custody)) => {
+                let session = Session::new(function, &self.name, peer, self.msix, wake);
+                let session = session.keep(record, custody);
+                Connection::keep(stream, session, record, custody)
+            }
+        };
+        match connection {
+            Ok(connection) => self.client = Some(connection),
+            // Its descriptor goes, and with it the event loop's interest.
+            Err(error) => {
+                return error!("vfio-user {}: cannot keep a connection: {error}", self.name);
+            }
+        }
         self.turned_away_during_client = 0;
         self.has_backlog = false;
         // Its first request is most likely there already.
@@ -367,6 +469,16 @@ impl MutEventSubscriber for Endpoint {
             &self.name,
             ops.add(Events::new(self.wake.as_ref(), EventSet::IN)),
         );
+        if let Some(client) = &self.client {
+            let out = if client.has_unsent() {
+                EventSet::OUT
+            } else {
+                EventSet::empty()
+            };
+            let events = Events::new(client.stream(), EventSet::IN | out);
+            log_failure(&self.name, ops.add(events));
+        }
+        self.watch_interrupts(ops);
     }
 }
 

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::inbox::Inbox;
 use super::outbox::Outbox;
-use super::session::{Progress, Session};
+use super::session::{Handled, Session};
 use crate::api::Msix;
 
 /// How many writes or messages are handled before the session is interrupted.
@@ -53,8 +53,8 @@ pub fn fuzz_session(bytes: &[u8]) {
             // Somewhere in the middle, interrupts come.
             session.fire(u32::from(message.header.id) % (u32::from(VECTORS) + 2));
             match session.handle(message, &mut outbox, &mut { BUDGET }) {
-                Ok(Progress::Done) => inbox.consume(),
-                Ok(Progress::Unfinished) => {}
+                Ok(Handled::Done) => inbox.consume(),
+                Ok(Handled::Unfinished) => {}
                 Err(why) => return session.end(&why),
             }
             while session.raise_one(&mut outbox).is_ok_and(|more| more) {}

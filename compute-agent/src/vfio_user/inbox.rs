@@ -9,12 +9,17 @@ use std::os::fd::OwnedFd;
 
 use farbus_vfio::user::wire::{HEADER_LEN, Header, MAX_MESSAGE, MAX_MSG_FDS, WireError};
 
+use super::memory::Buffer;
+
 /// How much is received at once, in bytes: some two thousand posted doorbells.
 pub(super) const RECEIVE_SIZE: usize = 64 << 10;
 
 /// Room for the longest message and for one receive behind it. Untouched pages of it cost
 /// nothing.
-const CAPACITY: usize = MAX_MESSAGE + RECEIVE_SIZE;
+///
+/// Twice, so that what is moved to the front never overlaps with where it is: a process that is
+/// killed meanwhile leaves it whole where it was.
+pub(super) const CAPACITY: usize = 2 * (MAX_MESSAGE + RECEIVE_SIZE);
 
 /// Fewer bytes than this are moved to the front rather than left where they are.
 const CHEAP_TO_MOVE: usize = 4 << 10;
@@ -40,7 +45,7 @@ struct FdGroup {
 }
 
 pub(super) struct Inbox {
-    buffer: Vec<u8>,
+    buffer: Buffer,
     start: usize,
     end: usize,
     /// Where in the stream `start` is.
@@ -52,8 +57,13 @@ pub(super) struct Inbox {
 
 impl Inbox {
     pub(super) fn new() -> Self {
+        Self::with_buffer(Buffer::private(CAPACITY))
+    }
+
+    /// In memory of this length or more.
+    pub(super) fn with_buffer(buffer: Buffer) -> Self {
         Self {
-            buffer: vec![0; CAPACITY],
+            buffer,
             start: 0,
             end: 0,
             stream_position: 0,
@@ -65,7 +75,8 @@ impl Inbox {
     /// there is at most a partial one, and always room.
     pub(super) fn space(&mut self) -> &mut [u8] {
         let held = self.end - self.start;
-        if self.start > 0 && (held < CHEAP_TO_MOVE || CAPACITY - self.end < RECEIVE_SIZE) {
+        let moves = held < CHEAP_TO_MOVE || CAPACITY - self.end < RECEIVE_SIZE;
+        if self.start > held && moves {
             self.buffer.copy_within(self.start..self.end, 0);
             self.start = 0;
             self.end = held;
@@ -98,6 +109,47 @@ impl Inbox {
             return Err(TooManyFds);
         }
         Ok(())
+    }
+
+    /// What it holds, and where in the stream that begins.
+    pub(super) fn progress(&self) -> (usize, usize, u64) {
+        (self.start, self.end, self.stream_position)
+    }
+
+    /// Goes on where a predecessor was, with the descriptors that belong to what it had received;
+    /// whether that can be.
+    pub(super) fn resume(
+        &mut self,
+        (start, end, position): (usize, usize, u64),
+        fds: impl IntoIterator<Item = (u64, OwnedFd)>,
+    ) -> bool {
+        if start > end || end > self.buffer.len() {
+            return false;
+        }
+        (self.start, self.end, self.stream_position) = (start, end, position);
+        for (at, fd) in fds {
+            // Those of messages that were handled are of no use.
+            if at < position {
+                continue;
+            }
+            match self.groups.iter_mut().find(|group| group.at == at) {
+                Some(group) => group.fds.push(fd),
+                None => self.groups.push(FdGroup { at, fds: vec![fd] }),
+            }
+        }
+        self.groups.sort_by_key(|group| group.at);
+        self.groups.len() <= 2
+    }
+
+    /// Where in the stream the message begins that the last descriptors belong to.
+    pub(super) fn last_group(&self) -> Option<u64> {
+        self.groups.last().map(|group| group.at)
+    }
+
+    /// The descriptors that belong to the message that begins there.
+    pub(super) fn group(&self, at: u64) -> &[OwnedFd] {
+        let group = self.groups.iter().find(|group| group.at == at);
+        group.map_or(&[], |group| &group.fds)
     }
 
     /// Where in the buffer the last message begins.
@@ -139,6 +191,15 @@ impl Inbox {
         };
         let body = self.buffer.get(body_at..body_end).unwrap_or_default();
         Ok(Some(Message { header, body, fds }))
+    }
+
+    /// The header and body of the next message, once it is complete.
+    pub(super) fn peek(&self) -> Option<(Header, &[u8])> {
+        let header = self.header_at(self.start)?;
+        let body_at = self.start + HEADER_LEN;
+        let body_end = body_at + header.body_len().ok()?;
+        let body = self.buffer.get(body_at..body_end)?;
+        (body_end <= self.end).then_some((header, body))
     }
 
     /// Done with the message that [`Self::next`] returned.

@@ -14,6 +14,8 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::refusal::Refusal;
+use crate::custody::Custody;
+use crate::custody::messages::Key;
 
 const KINDS: [InterruptKind; 3] = [InterruptKind::Intx, InterruptKind::Msi, InterruptKind::Msix];
 
@@ -35,9 +37,51 @@ pub(super) struct Irqs {
     triggers: BTreeMap<(InterruptKind, u32), Arc<EventFd>>,
     /// What is signalled when the client masks (true) or unmasks an interrupt.
     mask_events: BTreeMap<(InterruptKind, u32, bool), EventFd>,
+    /// Holds what fires for a successor.
+    custody: Custody,
+}
+
+/// What the eventfds of a kind are kept under, each with its vector.
+fn name_of(kind: InterruptKind) -> &'static str {
+    match kind {
+        InterruptKind::Intx => "intx",
+        InterruptKind::Msi => "msi",
+        InterruptKind::Msix => "msix",
+    }
 }
 
 impl Irqs {
+    /// Without any; those that come are kept.
+    pub(super) fn keep(custody: Custody) -> Self {
+        Self {
+            custody,
+            ..Self::default()
+        }
+    }
+
+    /// Takes up those that a predecessor had. The ones that are signalled when a client masks are
+    /// not among them: no VMM sets any.
+    pub(super) fn resume(&mut self, function: &dyn Function) -> Result<(), Refusal> {
+        for kind in KINDS {
+            for (vector, fd) in self.custody.held_all(name_of(kind)) {
+                let vector = u32::try_from(vector).unwrap_or(u32::MAX);
+                let event = Arc::new(event::from_owned(fd));
+                function.set_interrupts(kind, vector, &[Some(event.clone())])?;
+                self.triggers.insert((kind, vector), event);
+            }
+        }
+        Ok(())
+    }
+
+    fn forget(&self, kind: InterruptKind, vectors: impl Fn(u32) -> bool) {
+        let gone = |(k, vector): &&(InterruptKind, u32)| *k == kind && vectors(*vector);
+        let keys = self.triggers.keys().filter(gone);
+        let keys: Vec<_> = keys
+            .map(|(_, vector)| Key::numbered(name_of(kind), (*vector).into()))
+            .collect();
+        self.custody.forget(&keys);
+    }
+
     /// Does what a client asks. With `mediated` MSI-X is not the client's to set.
     pub(super) fn set(
         &mut self,
@@ -113,6 +157,7 @@ impl Irqs {
     }
 
     fn disable(&mut self, function: &dyn Function, kind: InterruptKind) -> Result<(), Refusal> {
+        self.forget(kind, |_| true);
         self.triggers.retain(|(k, _), _| *k != kind);
         self.mask_events.retain(|(k, ..), _| *k != kind);
         let count = function.info().interrupts.of(kind);
@@ -145,6 +190,13 @@ impl Irqs {
             .into_iter()
             .map(|event| Some(Arc::new(event)))
             .collect();
+        let key = |vector: u32| Key::numbered(name_of(kind), vector.into());
+        let kept = range.clone().map(key).zip(events.iter().flatten());
+        let kept = kept.map(|(key, event)| (key, event::borrow(event)));
+        self.custody.keep(kept.collect());
+        if events.is_empty() {
+            self.forget(kind, |vector| range.contains(&vector));
+        }
         events.resize(range.len(), None);
         function.set_interrupts(kind, range.start, &events)?;
         for (vector, event) in range.zip(events) {

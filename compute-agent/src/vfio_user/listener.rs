@@ -1,7 +1,7 @@
 //! The socket file that VMMs connect to.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -56,6 +56,21 @@ pub enum EndpointError {
         /// The cause.
         #[source]
         source: io::Error,
+    },
+    /// There is no memory for what a successor needs.
+    #[error("there is no memory for what a successor of this process would need at {path}")]
+    Memory {
+        /// The endpoint's path.
+        path: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A predecessor has left nothing that can be gone on with.
+    #[error("what the last process has left of the endpoint {path} cannot be taken up")]
+    NothingLeft {
+        /// The endpoint's path.
+        path: String,
     },
     /// An eventfd for the endpoint's own use cannot be had.
     #[error("cannot create an eventfd for the endpoint {path}")]
@@ -114,6 +129,16 @@ impl Listener {
         Ok(listener)
     }
 
+    /// The listener of a predecessor, which listened at `path`.
+    pub(crate) fn resume(socket: OwnedFd, path: &Path) -> Self {
+        let file = lstat(path).ok().map(|stat| (stat.st_dev, stat.st_ino));
+        Self {
+            socket,
+            path: path.to_owned(),
+            file,
+        }
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -138,6 +163,12 @@ impl Listener {
                 log::warn!("cannot remove the socket {}: {error}", self.path.display());
             }
         }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

@@ -5,9 +5,11 @@
 
 use farbus_vfio::user::wire::{HEADER_LEN, Header, MAX_MESSAGE};
 
+use super::memory::Buffer;
+
 /// How many bytes of unsent replies a client may leave, beyond what its socket holds: three
 /// of the longest reads, asked for without reading any answer.
-const CAPACITY: usize = 4 * MAX_MESSAGE;
+pub(super) const CAPACITY: usize = 4 * MAX_MESSAGE;
 
 /// The client leaves its replies unread.
 #[derive(Debug, thiserror::Error)]
@@ -15,7 +17,7 @@ const CAPACITY: usize = 4 * MAX_MESSAGE;
 pub(super) struct Full;
 
 pub(super) struct Outbox {
-    buffer: Vec<u8>,
+    buffer: Buffer,
     start: usize,
     end: usize,
     /// What is unsent of the first message.
@@ -24,8 +26,13 @@ pub(super) struct Outbox {
 
 impl Outbox {
     pub(super) fn new() -> Self {
+        Self::with_buffer(Buffer::private(CAPACITY))
+    }
+
+    /// In memory of this length.
+    pub(super) fn with_buffer(buffer: Buffer) -> Self {
         Self {
-            buffer: vec![0; CAPACITY],
+            buffer,
             start: 0,
             end: 0,
             front: 0,
@@ -36,10 +43,9 @@ impl Outbox {
     /// [`Self::commit`].
     pub(super) fn reserve(&mut self, body_len: usize) -> Result<&mut [u8], Full> {
         let need = HEADER_LEN.saturating_add(body_len);
-        if CAPACITY - self.end < need && self.start > 0 {
-            self.buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
+        let is_private = matches!(self.buffer, Buffer::Private(_));
+        if CAPACITY - self.end < need && self.start > 0 && is_private {
+            self.move_to_front();
         }
         let body_at = self.end + HEADER_LEN;
         let body = self
@@ -48,6 +54,21 @@ impl Outbox {
             .ok_or(Full)?;
         body.fill(0);
         Ok(body)
+    }
+
+    fn move_to_front(&mut self) {
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+    }
+
+    /// Makes room where [`Self::reserve`] may not: in memory that a successor would find half
+    /// moved. What is moved stays whole where it was, until something is put there.
+    pub(super) fn make_room(&mut self) {
+        let held = self.end - self.start;
+        if CAPACITY - self.end < MAX_MESSAGE && self.start > held {
+            self.move_to_front();
+        }
     }
 
     /// Sends the header, and the body that was reserved for it.
@@ -70,6 +91,20 @@ impl Outbox {
     pub(super) fn put(&mut self, header: &Header, body: &[u8]) -> Result<(), Full> {
         self.reserve(body.len())?.copy_from_slice(body);
         self.commit(header)
+    }
+
+    /// What it holds, and how much of that is of the first message.
+    pub(super) fn progress(&self) -> (usize, usize, usize) {
+        (self.start, self.end, self.front)
+    }
+
+    /// Goes on where a predecessor was; whether that can be.
+    pub(super) fn resume(&mut self, (start, end, front): (usize, usize, usize)) -> bool {
+        if start > end || end > self.buffer.len() || front > end - start {
+            return false;
+        }
+        (self.start, self.end, self.front) = (start, end, front);
+        true
     }
 
     pub(super) fn is_empty(&self) -> bool {

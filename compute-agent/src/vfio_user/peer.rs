@@ -1,6 +1,7 @@
-//! Who is at the other end of a UNIX socket.
+//! Who is at the other end of a UNIX socket, and how far one was read without taking anything out.
 //!
-//! Rule: the only call is getsockopt(2) with a buffer of the size that it is told.
+//! Rule: the only calls are getsockopt(2) and setsockopt(2) with a buffer of the size that they
+//! are told.
 #![allow(unsafe_code)]
 
 use std::os::fd::AsRawFd;
@@ -29,4 +30,46 @@ pub(crate) fn pid_of(stream: &UnixStream) -> Option<u32> {
     u32::try_from(credentials.pid)
         .ok()
         .filter(|pid| result == 0 && *pid > 0)
+}
+
+/// From where on the next read without taking out reads, in bytes (`SO_PEEK_OFF`, socket(7)): it
+/// rises by what such a read returns, and falls by what is taken out. The kernel counts, so this
+/// is right whatever happened to whoever read.
+pub(crate) fn peeked(stream: &UnixStream) -> std::io::Result<usize> {
+    let mut offset: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `offset`, which has as many and may hold
+    // any bit pattern; both pointers are to live variables.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw mut offset).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(usize::try_from(offset).unwrap_or(0))
+}
+
+/// The next read without taking out begins at the beginning; from now on [`peeked`] counts.
+pub(crate) fn peek_from_start(stream: &UnixStream) -> std::io::Result<()> {
+    let offset: libc::c_int = 0;
+    // SAFETY: the kernel reads the given length from `offset`, which is live and as long.
+    let result = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const offset).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
 }

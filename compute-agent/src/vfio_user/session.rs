@@ -22,9 +22,11 @@ use super::inbox::Message;
 use super::irqs::Irqs;
 use super::msix::{Mediator, Message as Interrupt, Watch};
 use super::outbox::{Full, Outbox};
+use super::record::{Progress, SessionRecord};
 use super::refusal::{End, Refusal};
 use super::{dma, regions};
 use crate::api::Msix;
+use crate::custody::Custody;
 use crate::guest_memory::{GuestMemory, MAX_WINDOWS};
 
 /// How many refused commands of a client are logged, one by one.
@@ -42,7 +44,7 @@ const CAPABILITIES: Capabilities = Capabilities {
 
 /// How far the handling of a message got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
+pub(super) enum Handled {
     /// It is done.
     Done,
     /// The budget is used up and the message is to be handled again, to go on with it.
@@ -73,6 +75,8 @@ pub(super) struct Session {
     sent: u16,
     multi: MultiProgress,
     refusals: u32,
+    /// Where a successor finds what it needs, if there is to be one.
+    record: Option<SessionRecord>,
 }
 
 impl Session {
@@ -98,6 +102,69 @@ impl Session {
             sent: 0,
             multi: MultiProgress::default(),
             refusals: 0,
+            record: None,
+        }
+    }
+
+    /// The same, with what a successor needs of the client's memory and interrupts in the record and in
+    /// custody.
+    pub(super) fn keep(mut self, record: &SessionRecord, custody: &Custody) -> Self {
+        self.memory = self.memory.keep(record.clone(), custody.clone());
+        self.irqs = Irqs::keep(custody.clone());
+        self.record = Some(record.clone());
+        self
+    }
+
+    /// Takes up what a predecessor was told by the client: its memory and its interrupts are given to
+    /// the function again. `first` is the message that the predecessor was perhaps handling.
+    pub(super) fn resume(
+        mut self,
+        record: &SessionRecord,
+        progress: Progress,
+        first: Option<(Header, &[u8])>,
+    ) -> Result<Self, Refusal> {
+        self.negotiated = progress.negotiated;
+        (self.multi.seen, self.multi.done) = progress.multi;
+        let mut windows = record.windows();
+        match first.map(|(header, body)| (Command::from_number(header.command), body)) {
+            // It is agreed on again, with the same outcome.
+            Some((Some(Command::Version), _)) => self.negotiated = false,
+            Some((Some(Command::DmaMap), body)) => {
+                // It is mapped when the message is handled again.
+                if let Ok((iova, size)) = dma::range_of(body) {
+                    windows.retain(|(place, window)| {
+                        let again = (window.iova, window.size) == (iova, size);
+                        if again {
+                            record.clear_window(*place);
+                        }
+                        !again
+                    });
+                }
+            }
+            _ => {}
+        }
+        for window in self.memory.resume(windows, self.peer)? {
+            self.function.map_dma(&window)?;
+        }
+        let function = self.function.as_ref();
+        self.irqs.resume(function)?;
+        if progress.mediated && self.negotiated {
+            self.mediator = Mediator::new(function);
+            if let Some(mediator) = &mut self.mediator {
+                mediator.resume(function, record)?;
+            }
+        }
+        info!("vfio-user {}: client taken over", self.name);
+        Ok(self)
+    }
+
+    /// How far the conversation is, as far as only this knows.
+    pub(super) fn progress(&self) -> Progress {
+        Progress {
+            negotiated: self.negotiated,
+            mediated: self.mediator.is_some(),
+            multi: (self.multi.seen, self.multi.done),
+            ..Progress::default()
         }
     }
 
@@ -112,19 +179,19 @@ impl Session {
         message: Message<'_>,
         outbox: &mut Outbox,
         budget: &mut u32,
-    ) -> Result<Progress, End> {
+    ) -> Result<Handled, End> {
         let Message { header, body, fds } = message;
         *budget = budget.saturating_sub(1);
         match header.message_type()? {
             // This server sends no commands, so whatever this answers was never asked.
-            MessageType::Reply => return Ok(Progress::Done),
+            MessageType::Reply => return Ok(Handled::Done),
             MessageType::Command => {}
         }
         let command = Command::from_number(header.command);
         if !self.negotiated {
             return self
                 .shake_hands(command, &header, body, outbox)
-                .map(|()| Progress::Done);
+                .map(|()| Handled::Done);
         }
         if command == Some(Command::RegionWriteMulti) {
             return self.write_multi(&header, body, outbox, budget);
@@ -142,10 +209,10 @@ impl Session {
             None => Err(Refusal::UnknownCommand(header.command)),
         };
         match outcome {
-            Ok(()) => Ok(Progress::Done),
+            Ok(()) => Ok(Handled::Done),
             Err(refusal) => self
                 .refuse(&header, refusal, outbox)
-                .map(|()| Progress::Done),
+                .map(|()| Handled::Done),
         }
     }
 
@@ -239,6 +306,9 @@ impl Session {
         };
         if is_mediated {
             self.mediator = Mediator::new(self.function.as_ref());
+            if let (Some(mediator), Some(record)) = (&mut self.mediator, &self.record) {
+                mediator.keep(record);
+            }
         }
         let how = match &self.mediator {
             Some(_) => "MSI-X is mediated",
@@ -346,13 +416,13 @@ impl Session {
         body: &[u8],
         outbox: &mut Outbox,
         budget: &mut u32,
-    ) -> Result<Progress, End> {
+    ) -> Result<Handled, End> {
         let multi = match WriteMulti::decode(body) {
             Ok(multi) => multi,
             Err(error) => {
                 return self
                     .refuse(header, error.into(), outbox)
-                    .map(|()| Progress::Done);
+                    .map(|()| Handled::Done);
             }
         };
         for write in multi.iter().skip(self.multi.seen) {
@@ -362,13 +432,13 @@ impl Session {
                 Err(refusal) => self.log_refusal(header, &refusal),
             }
             if *budget == 0 && self.multi.seen < multi.count() {
-                return Ok(Progress::Unfinished);
+                return Ok(Handled::Unfinished);
             }
             *budget = budget.saturating_sub(1);
         }
         let done = std::mem::take(&mut self.multi).done;
         self.reply(header, &done.to_ne_bytes(), outbox)?;
-        Ok(Progress::Done)
+        Ok(Handled::Done)
     }
 
     fn reply(&self, header: &Header, body: &[u8], outbox: &mut Outbox) -> Result<(), End> {

@@ -137,20 +137,9 @@ impl Bed {
         Ok(())
     }
 
-    /// What QEMU has been made to have at run time, by name.
+    /// See [`objects`].
     pub(crate) fn objects(&self) -> Result<Vec<String>, Failure> {
-        let mut names = Vec::new();
-        for (command, arguments, key) in [
-            ("qom-list", json!({"path": "/machine/peripheral"}), "name"),
-            ("qom-list", json!({"path": "/objects"}), "name"),
-            ("query-chardev", json!({}), "label"),
-        ] {
-            let listed = self.machine.qmp().execute(command, &arguments)?;
-            let listed = listed.as_array().cloned().unwrap_or_default();
-            names.extend(listed.iter().map(|entry| entry[key].to_string()));
-        }
-        names.sort();
-        Ok(names)
+        objects(&self.machine)
     }
 
     /// Ends everything in order.
@@ -159,6 +148,22 @@ impl Bed {
         self.drive.end()?;
         Ok(())
     }
+}
+
+/// What QEMU has been made to have at run time, by name.
+pub(crate) fn objects(machine: &Machine) -> Result<Vec<String>, Failure> {
+    let mut names = Vec::new();
+    for (command, arguments, key) in [
+        ("qom-list", json!({"path": "/machine/peripheral"}), "name"),
+        ("qom-list", json!({"path": "/objects"}), "name"),
+        ("query-chardev", json!({}), "label"),
+    ] {
+        let listed = machine.qmp().execute(command, &arguments)?;
+        let listed = listed.as_array().cloned().unwrap_or_default();
+        names.extend(listed.iter().map(|entry| entry[key].to_string()));
+    }
+    names.sort();
+    Ok(names)
 }
 
 pub(crate) fn vm(qmp: &Path) -> Vm {

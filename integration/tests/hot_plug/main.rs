@@ -6,6 +6,7 @@ mod bed;
 mod guests;
 mod interrupts;
 mod refusals;
+mod service;
 
 use std::time::Duration;
 

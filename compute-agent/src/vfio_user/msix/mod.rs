@@ -25,7 +25,8 @@ use farbus_vfio::{Function, FunctionError, InterruptKind, RegionIndex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub(super) use self::table::Message;
-use self::table::{Control, Table};
+use self::table::{Control, ENTRY_LEN, Table};
+use super::record::SessionRecord;
 
 /// A guest reads configuration space in accesses of at most this many bytes.
 const LONGEST_GUEST_READ: usize = 8;
@@ -65,6 +66,8 @@ pub(super) struct Mediator {
     events: BTreeMap<u32, Arc<EventFd>>,
     /// Those of them that the endpoint does not know yet.
     fresh: Vec<Watch>,
+    /// Where a successor finds the table, if there is to be one.
+    record: Option<SessionRecord>,
 }
 
 impl Mediator {
@@ -88,7 +91,40 @@ impl Mediator {
             table,
             events: BTreeMap::new(),
             fresh: Vec::new(),
+            record: None,
         })
+    }
+
+    /// From now on the table is in the record, too.
+    pub(super) fn keep(&mut self, record: &SessionRecord) {
+        record.clear_vectors();
+        self.record = Some(record.clone());
+    }
+
+    /// Takes up the table of a predecessor. What was pending is raised again by the function.
+    pub(super) fn resume(
+        &mut self,
+        function: &dyn Function,
+        record: &SessionRecord,
+    ) -> Result<(), FunctionError> {
+        self.record = Some(record.clone());
+        for vector in 0..u32::from(self.layout.vectors) {
+            let (address, data, masked) = record.vector(vector);
+            self.table
+                .set_entry(vector, Message { address, data }, masked);
+            if !masked {
+                self.listen_to(function, vector)?;
+            }
+        }
+        self.follow(function);
+        Ok(())
+    }
+
+    fn reset_table(&mut self) {
+        self.table.reset();
+        if let Some(record) = &self.record {
+            record.clear_vectors();
+        }
     }
 
     /// Changes what was read of configuration space from `offset` on, if it is the VMM itself
@@ -116,14 +152,14 @@ impl Mediator {
             .and_then(written)
             .is_some_and(|byte| byte & INITIATE_FLR != 0)
         {
-            self.table.reset();
+            self.reset_table();
         }
         self.follow(function);
     }
 
     /// The function was reset.
     pub(super) fn reset(&mut self, function: &dyn Function) {
-        self.table.reset();
+        self.reset_table();
         self.follow(function);
     }
 
@@ -177,7 +213,14 @@ impl Mediator {
     ) -> Result<(), FunctionError> {
         let (place, start) = self.layout.table;
         let at = offset.checked_sub(start).filter(|_| place == region);
-        match at.and_then(|at| self.table.write(at, data)) {
+        let unmasked = at.and_then(|at| self.table.write(at, data));
+        if let (Some(at), Some(record)) = (at, &self.record) {
+            let vector = (at / ENTRY_LEN) as u32;
+            if let Some((Message { address, data }, masked)) = self.table.entry(vector) {
+                record.set_vector(vector, address, data, masked);
+            }
+        }
+        match unmasked {
             Some(unmasked) => self.listen_to(function, unmasked),
             None => Ok(()),
         }

@@ -143,6 +143,19 @@ impl Table {
         None
     }
 
+    /// An entry: what it sends, and whether it is masked.
+    pub(super) fn entry(&self, vector: u32) -> Option<(Message, bool)> {
+        let entry = self.entries.get(vector as usize)?;
+        Some((entry.message, entry.masked))
+    }
+
+    /// As [`Self::entry`] had it.
+    pub(super) fn set_entry(&mut self, vector: u32, message: Message, masked: bool) {
+        if let Some(entry) = self.entries.get_mut(vector as usize) {
+            *entry = Entry { message, masked };
+        }
+    }
+
     /// One byte of the table.
     pub(super) fn byte(&self, offset: u64) -> u8 {
         let entry = self.entries.get((offset / ENTRY_LEN) as usize);
