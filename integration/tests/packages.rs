@@ -137,6 +137,8 @@ fn programs_run(tree: &DebianTree) -> TestResult {
         let said = tree.run(&format!("{program} --version"))?;
         assert_eq!(said, format!("{program} {version}\n"));
     }
+    let said = tree.run("farbus-device-server serve --check")?;
+    assert_eq!(said, "/etc/farbus/device-server.toml: ok\n");
     let said = tree.run("farbus-compute-agent --print-capabilities")?;
     assert!(said.contains("\"type\""), "{said}");
     Ok(())

@@ -84,7 +84,7 @@ fn limits(limits: &Limits) -> String {
 }
 
 /// Everything about one attachment, a line for each thing.
-pub(crate) fn in_full(one: &Attachment) -> String {
+fn in_full(one: &Attachment) -> String {
     let mut lines = vec![
         ("id", one.id.clone()),
         ("device", or_dash(one.device.as_ref())),

@@ -9,9 +9,8 @@ use farbus_compute_agent::api::{Attachment, AttachmentSpec, AttachmentState};
 use farbus_rest::client::Client;
 
 use crate::failure::Failure;
-use crate::list::in_full;
 use crate::progress::Progress;
-use crate::show::{json, text};
+use crate::show::{json, name, or_dash, text};
 use wishes::Wishes;
 
 pub(crate) const EXAMPLES: &str = "\
@@ -79,7 +78,14 @@ pub(crate) async fn run(args: &AttachArgs, client: &Client, as_json: bool) -> Re
         return judged;
     }
     judged?;
-    text(&in_full(&attachment))
+    text(&in_short(&attachment))
+}
+
+fn in_short(attachment: &Attachment) -> String {
+    let Attachment { id, state, .. } = attachment;
+    let device = or_dash(attachment.device.as_ref());
+    let socket = or_dash(attachment.socket.as_ref());
+    format!("{id} is {}: {device} at {socket}\n", name(state))
 }
 
 /// The same wish again is no new one, so this may be repeated.
