@@ -39,10 +39,8 @@ fn attach_asks_for_what_the_options_say_and_waits_until_it_is_ready() {
     ]);
 
     assert_eq!(ended.code, 0, "{ended:?}");
-    assert!(
-        ended.stdout.contains("/run/farbus/attachments/vm7.sock"),
-        "{ended:?}"
-    );
+    let wanted = "vm7 is ready: rack1/disk0 at /run/farbus/attachments/vm7.sock\n";
+    assert_eq!(ended.stdout, wanted);
     let asked = agent.script.asked();
     assert_eq!(asked.len(), 2);
     assert_eq!(asked[0].line, "PUT /v1/attachments/vm7?wait=60");
