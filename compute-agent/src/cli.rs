@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use farbus_fabric::FabricError;
 use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::session::ClaimedLink;
@@ -26,6 +26,7 @@ use crate::custody::{Client, Custody};
 use crate::daemon;
 use crate::daemon::cli::{SERVE_HELP, ServeArgs};
 use crate::reconnect::{MIN_PAUSE, Source};
+use crate::sandbox::{self, Needs, User};
 use crate::vfio_user::Endpoint;
 use crate::vhost_user;
 use crate::vhost_user::cli::{PRINT_CAPABILITIES, VhostUserArgs};
@@ -142,6 +143,13 @@ struct AttachArgs {
     /// The attachment's id there.
     #[arg(long, value_name = "ID", hide = true, requires = "custody")]
     id: Option<String>,
+    /// Whether to give up privileges, files and system calls once everything is set up. By default a
+    /// worker of the daemon does, others do not.
+    #[arg(long, value_name = "SWITCH")]
+    sandbox: Option<Switch>,
+    /// Whom to become then, by numbers.
+    #[arg(long, value_name = "UID:GID")]
+    user: Option<User>,
     /// Print the ready line as a JSON object; a failure before that, too.
     #[arg(long)]
     json: bool,
@@ -157,6 +165,13 @@ fn log_format_parser() -> impl TypedValueParser<Value = LogFormat> {
 
 fn poll_parser() -> impl TypedValueParser<Value = Polling> {
     PossibleValuesParser::new(Polling::NAMES).try_map(|name| name.parse())
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 /// A failure with the exit code that tells of it.
@@ -246,7 +261,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
     };
     let custody = custody(args)?;
     if let (Some(path), true) = (&args.vfio_user, custody.held(&key(CONTROLLER)).is_some()) {
-        return resume(args, path, source, custody);
+        return resume(args, path, source, &custody);
     }
     let deadline = Duration::from_secs(args.connect_timeout);
     let remote = claim_at_start(args, &mut source, deadline)
@@ -292,7 +307,12 @@ fn custody(args: &AttachArgs) -> Result<Custody, Failure> {
 
 /// Goes on where a predecessor was killed. The VMM is answered at once; what needs the device waits
 /// for a new claim.
-fn resume(args: &AttachArgs, path: &Path, source: Source, custody: Custody) -> Result<(), Failure> {
+fn resume(
+    args: &AttachArgs,
+    path: &Path,
+    source: Source,
+    custody: &Custody,
+) -> Result<(), Failure> {
     let label = format!("{} of {}", args.export.as_str(), args.from);
     let left = custody.held(&key(CONTROLLER));
     let remote = left.map(|memory| RemoteFunction::resume(label, memory));
@@ -307,7 +327,7 @@ fn resume(args: &AttachArgs, path: &Path, source: Source, custody: Custody) -> R
         .map_err(|error| Failure(4, error))?;
     remote.recover().map_err(|error| Failure(1, error.into()))?;
     info!("goes on where another process was");
-    serve(args, endpoint, remote, source, &custody).map_err(|error| Failure(1, error))
+    serve(args, endpoint, remote, source, custody).map_err(|error| Failure(1, error))
 }
 
 /// Claims the export. The device server may still be ending the claim of who had it before, so this
@@ -353,6 +373,7 @@ fn attach_vhost_user(
         (None, None) => Err(anyhow::anyhow!("there is no endpoint to offer")),
     };
     let socket = socket.map_err(|error| Failure(4, error))?;
+    enter_sandbox(args, custody).map_err(|error| Failure(1, error))?;
     let options = args.vhost_user.options();
     let failed = |error| Failure(1, error);
     let mut worker =
@@ -380,6 +401,7 @@ fn serve(
     source: Source,
     custody: &Custody,
 ) -> anyhow::Result<()> {
+    enter_sandbox(args, custody)?;
     let worker = Worker::new(endpoint, remote, source, args.poll, custody.clone())?;
     announce(args)?;
     if let Some(mut client) = custody.client() {
@@ -387,6 +409,23 @@ fn serve(
     }
     worker.run()?;
     info!("ended in order");
+    Ok(())
+}
+
+/// Gives up what is not needed any more, before other threads are there to keep it.
+fn enter_sandbox(args: &AttachArgs, custody: &Custody) -> anyhow::Result<()> {
+    let by_default = if custody.is_some() {
+        Switch::On
+    } else {
+        Switch::Off
+    };
+    if args.sandbox.unwrap_or(by_default) == Switch::On {
+        sandbox::enter(&Needs {
+            address: args.from.clone(),
+            verbs: cfg!(feature = "verbs") && args.provider != Wanted::Tcp,
+            user: args.user,
+        })?;
+    }
     Ok(())
 }
 

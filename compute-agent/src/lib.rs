@@ -10,6 +10,7 @@
 //! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
 //! - [`custody`]: how an attachment outlives the process that carries it.
 //! - [`hotplug`]: what plugs an endpoint into a running VM.
+//! - [`sandbox`]: what a worker gives up once it is set up.
 //! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
 #![deny(unsafe_code)]
 
@@ -20,6 +21,7 @@ pub mod daemon;
 pub mod guest_memory;
 pub mod hotplug;
 pub mod reconnect;
+pub mod sandbox;
 pub mod upkeep;
 pub mod vfio_user;
 pub mod vhost_user;

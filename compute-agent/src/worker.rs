@@ -30,6 +30,10 @@ use crate::vfio_user::Endpoint;
 /// Looks at the link and the guest's doorbells between two at everything else.
 const LOOKS_PER_WAIT: u32 = 4;
 
+/// How often a new keeper is looked for while there is none: a worker that dies meanwhile has no
+/// successor.
+const LOOK_FOR_KEEPER: Duration = Duration::from_millis(20);
+
 /// What the event loop serves.
 enum Subscriber {
     Endpoint(Box<Endpoint>),
@@ -171,8 +175,17 @@ impl Worker {
             if looking && self.looks % LOOKS_PER_WAIT != 0 {
                 continue;
             }
-            if self.wait(looking, due)? > 0 {
+            let orphaned = self.custody.is_some() && self.keeper_watched.is_none();
+            let until = if orphaned {
+                due.min(Instant::now() + LOOK_FOR_KEEPER)
+            } else {
+                due
+            };
+            if self.wait(looking, until)? > 0 {
                 self.waiter.found();
+            }
+            if orphaned && Instant::now() >= until {
+                self.keeper_ready.raise();
             }
             if Instant::now() >= due {
                 due = Instant::now() + TICK;

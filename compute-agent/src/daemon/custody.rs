@@ -15,6 +15,13 @@ use crate::custody::{Event, Keeper, KeeperError, Statistics};
 /// The percentiles that are shown are of at least so much time.
 const WINDOW: Duration = Duration::from_secs(2);
 
+/// How long workers may take to find a new daemon. A worker that is stopped, or of another version, does
+/// not come.
+const RETURN: Duration = Duration::from_secs(2);
+
+/// How often is looked whether they have.
+const LOOK: Duration = Duration::from_millis(10);
+
 /// Why what a VM asks for waits, if its worker has said so.
 type Down = Option<String>;
 
@@ -61,6 +68,19 @@ impl Custody {
         let entry = entries.entry(id.to_string()).or_default();
         self.keeper.admit(id.as_str());
         entry.down.subscribe()
+    }
+
+    /// Waits until each of these has a worker that is connected, or long enough. One that lives looks for
+    /// a new daemon many times a second.
+    pub async fn wait_for(&self, ids: &[AttachmentId]) {
+        let begun = Instant::now();
+        while begun.elapsed() < RETURN
+            && ids
+                .iter()
+                .any(|id| self.keeper.worker(id.as_str()).is_none())
+        {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// What a worker had that is dead is not wanted any more: the next one begins anew.

@@ -17,7 +17,7 @@ use super::pool::Pool;
 use super::process::{self, Worker};
 use super::store::{Phase, Record, StoreError};
 use super::validate;
-use crate::api::{Attachment, AttachmentSpec, AttachmentState, Devices, Vm};
+use crate::api::{Attachment, AttachmentSpec, AttachmentState, Devices, EndpointSpec, Vm};
 
 /// See the module's own description.
 pub struct Registry {
@@ -64,6 +64,7 @@ impl Registry {
         });
         let sockets = this.context.config.sockets();
         let mut workers = process::find(&sockets);
+        let mut living = Vec::new();
         for record in this.context.store.load()? {
             let Ok(socket) = record.id.socket(&sockets) else {
                 warn!(
@@ -83,6 +84,10 @@ impl Registry {
             {
                 this.context.chooser.keep(&record.id, &device.id());
             }
+            let kept = matches!(record.spec.endpoint, EndpointSpec::VfioUser { .. });
+            if kept && worker.is_some() {
+                living.push(record.id.clone());
+            }
             this.begin(record, socket, worker);
         }
         for (socket, pid) in workers {
@@ -94,6 +99,8 @@ impl Registry {
                 worker.stop().await;
             }
         }
+        // From then on they may die, and their VMs notice nothing.
+        this.context.custody.wait_for(&living).await;
         Ok(this)
     }
 

@@ -159,8 +159,13 @@ impl Listener {
             .ok()
             .map(|stat| (stat.st_dev, stat.st_ino));
         if now == Some(ours) {
-            if let Err(error) = unlink(&self.path) {
-                log::warn!("cannot remove the socket {}: {error}", self.path.display());
+            match unlink(&self.path) {
+                Ok(()) => {}
+                // A worker in its sandbox may not; its daemon, or who listens here next, does.
+                Err(Errno::ACCESS) => log::debug!("the socket {} is left", self.path.display()),
+                Err(error) => {
+                    log::warn!("cannot remove the socket {}: {error}", self.path.display());
+                }
             }
         }
     }

@@ -273,7 +273,8 @@ fn killed_workers_and_daemons_are_a_pause_to_a_guest_that_writes_and_verifies() 
             .wait_state(ID, AttachmentState::Ready, Deadline::secs(60))?;
     }
     cloud.guest.check("touch /tmp/stop")?;
-    job.wait(Deadline::secs(60))?;
+    let verified = job.wait(Deadline::secs(60))?;
+    assert_eq!(verified.status, 0, "{}", verified.text());
     assert_eq!(cloud.detach(false)?.state, AttachmentState::Detached);
     cloud.is_gone()?;
     cloud.end()

@@ -158,8 +158,10 @@ impl Owner {
             _ => Wish::Keep,
         };
         let wishes = watch::Sender::new(first);
+        let lost = worker.is_none() && record.phase == Phase::Attached;
+        let degraded = lost.then(|| "its worker has died; it is replaced".to_owned());
         // It is no news how an earlier daemon has left it.
-        let (state, reason) = shown(&record, None);
+        let (state, reason) = shown(&record, degraded.clone());
         let mut owner = Self {
             link_down: context.custody.admit(&record.id),
             status: watch::Sender::new(Attachment {
@@ -179,7 +181,7 @@ impl Owner {
             record,
             socket,
             worker,
-            degraded: None,
+            degraded,
         };
         owner.publish();
         let handle = Handle {

@@ -14,6 +14,10 @@ use crate::hotplug::HotplugError;
 /// How long a guest may take to let go.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long it may take while its device server is away: a driver waits for answers before it lets go,
+/// and gives up after minutes.
+const PATIENCE_WITH_THE_DEAD: Duration = Duration::from_secs(5);
+
 /// How long a VMM is waited for at a time: then the wish may have become one by force.
 const SLICE: Duration = Duration::from_secs(2);
 
@@ -59,7 +63,16 @@ impl Owner {
                 }
                 Err(error) => error,
             };
-            if *self.wish.borrow() == (Wish::Detach { force: true }) {
+            // What the guest waits for before it lets go may never come.
+            let hopeless =
+                self.link_down.borrow().is_some() && begun.elapsed() >= PATIENCE_WITH_THE_DEAD;
+            if hopeless {
+                warn!(
+                    "attachment {}: {error}; it waits for a device server that is away",
+                    self.record.id
+                );
+            }
+            if hopeless || *self.wish.borrow() == (Wish::Detach { force: true }) {
                 force = true;
                 self.enter(Phase::Detaching { force }).await;
             } else if !matches!(error, HotplugError::GuestKeeps { .. })
