@@ -15,6 +15,7 @@ use farbus_fabric::provider::{self, Wanted};
 use farbus_fabric::session::ClaimedLink;
 use farbus_fabric::wire::ExportName;
 use farbus_rest::logging::LogFormat;
+use farbus_shadow_mem::limits::LimitSpec;
 use farbus_shadow_mem::polling::Polling;
 use farbus_shadow_mem::remote::RemoteFunction;
 use farbus_vfio::Function;
@@ -122,6 +123,10 @@ struct AttachArgs {
     /// be had. Without this the guest waits for RDMA.
     #[arg(long)]
     allow_tcp_fallback: bool,
+    /// Holds this attachment to limits: `[iops=N][,iops-burst=N][,bytes-per-second=SIZE][,bytes-burst=SIZE]`.
+    /// Commands beyond them wait. The device server may have lower ones, which hold then.
+    #[arg(long, value_name = "SPEC")]
+    limit: Option<LimitSpec>,
     /// The RDMA device to use, such as mlx5_0. By default the one that has the address from which
     /// the device server is reached.
     #[arg(long, value_name = "NAME")]
@@ -258,6 +263,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
             gid_index: args.gid_index,
         },
         allow_tcp_fallback: args.allow_tcp_fallback,
+        limits: args.limit.unwrap_or_default().rates(),
     };
     let custody = custody(args)?;
     if let (Some(path), true) = (&args.vfio_user, custody.held(&key(CONTROLLER)).is_some()) {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use farbus_fabric::FabricError;
 use farbus_fabric::provider::{self, Provider, Wanted};
 use farbus_fabric::session::{ClaimedLink, client};
-use farbus_fabric::wire::ExportName;
+use farbus_fabric::wire::{ExportName, RateLimits};
 use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,6 +32,8 @@ pub struct Source {
     pub providers: provider::Options,
     /// Whether a claim that RDMA carried may be made again over TCP.
     pub allow_tcp_fallback: bool,
+    /// What this side wants to be held to.
+    pub limits: RateLimits,
 }
 
 impl Source {
@@ -39,7 +41,8 @@ impl Source {
     /// should not become slow without a word.
     pub fn claim(&mut self, deadline: Duration) -> Result<ClaimedLink, FabricError> {
         let (address, export) = (&self.address, &self.export);
-        let claimed = client::claim_by(address, export, &label(), deadline, &self.providers)?;
+        let wanted = (export, self.limits);
+        let claimed = client::claim_limited(address, wanted, &label(), deadline, &self.providers)?;
         info!(
             "claimed export {} of {address} ({}) over {}",
             export.as_str(),

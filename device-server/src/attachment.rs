@@ -334,8 +334,14 @@ impl Attachment {
         let due = (self.ticked + self.half.next_tick())
             .min(self.heard + SILENCE)
             .min(self.spoke + SIGN_OF_LIFE);
-        let left = due.saturating_duration_since(Instant::now());
-        left.as_millis() as i32 + 1
+        let now = Instant::now();
+        let left = due.saturating_duration_since(now).as_millis() as i32 + 1;
+        match self.half.due() {
+            // Commands that wait for the claim's limits. What becomes due within this millisecond
+            // goes with the next.
+            Some(due) => left.min(due.saturating_duration_since(now).as_millis() as i32 + 1),
+            None => left,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use farbus_fabric::wire::{Epoch, ExportName, ListedState};
+use farbus_fabric::wire::{Epoch, ExportName, ListedState, RateLimits};
 use farbus_shadow_mem::nvme::device::{DeviceHalf, Settings};
 use farbus_vfio::{Function, Notice};
 use log::{info, warn};
@@ -52,6 +52,8 @@ pub struct Export {
     /// Its place among all that ever were on the list, and who is to know of changes.
     entered: OnceLock<(u64, News)>,
     tally: Arc<Tally>,
+    /// What each of its claims is held to.
+    limits: RateLimits,
 }
 
 struct Inner {
@@ -225,7 +227,19 @@ impl Export {
             watch: OnceLock::new(),
             entered: OnceLock::new(),
             tally: Arc::default(),
+            limits: RateLimits::NONE,
         }
+    }
+
+    /// The same, with limits for each of its claims.
+    #[must_use]
+    pub fn limited_to(self, limits: RateLimits) -> Self {
+        Self { limits, ..self }
+    }
+
+    /// What each of its claims is held to.
+    pub fn limits(&self) -> RateLimits {
+        self.limits
     }
 
     /// An export that has no function yet, for a reason. If it can be opened, the next claim

@@ -16,4 +16,5 @@ pub mod exports;
 pub mod manager;
 mod refusals;
 pub mod service;
+pub mod slices;
 pub mod sources;

@@ -309,7 +309,7 @@ fn attach(
         });
     // From here on it is the half's, and the export's.
     drop(function);
-    let (half, description) = match opened {
+    let (mut half, description) = match opened {
         Ok(opened) => opened,
         Err(error) => {
             let gone = matches!(&error, DeviceError::Function(FunctionError::Gone(_)));
@@ -325,6 +325,8 @@ fn attach(
         }
     };
     claim.tally().claims.fetch_add(1, Ordering::Relaxed);
+    let rates = claim.export().limits().lower_of(request.limits());
+    half.limit(rates);
     let granted = request.grant(claim.epoch(), limits.shadow_len, limits.tags)?;
     let (link, provider) = granted.describe_by(description, common.providers)?;
     let mut session = Session::new(link);

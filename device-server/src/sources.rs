@@ -6,6 +6,7 @@
 
 mod open;
 mod selector;
+mod shared;
 mod stock;
 
 use std::fmt;
@@ -14,9 +15,12 @@ use std::path::PathBuf;
 use farbus_fabric::wire::ExportName;
 use farbus_vfio::PciAddress;
 use farbus_vfio::kernel::VfioError;
+use farbus_vfio::shared::SharedError;
 use farbus_vfio::soft_nvme::{SoftNvmeConfig, SoftNvmeError};
 use farbus_vfio::sysfs::{ClassCode, SysfsError};
 use farbus_vfio::user::ClientError;
+
+use crate::slices::{LimitSpec, SliceConfig};
 
 pub use self::selector::{Count, Selector};
 pub use self::stock::{Brought, Given, Stock};
@@ -71,6 +75,10 @@ pub struct Order {
     source: Source,
     /// The export's name; for virtual functions what their names begin with, if anything.
     name: Option<ExportName>,
+    /// What it is divided into; nothing for an export that is claimed as a whole.
+    slices: Vec<SliceConfig>,
+    /// What each of its claims is held to, and those of slices that say nothing else.
+    limits: LimitSpec,
 }
 
 /// An order that makes no sense by itself or with the others.
@@ -87,6 +95,22 @@ pub enum OrderError {
     SameName {
         /// The name.
         name: String,
+    },
+    /// A slice whose name is too long together with the export's.
+    #[error("{export}/{slice} is too long for a name; shorten one of the two")]
+    LongSliceName {
+        /// The export.
+        export: String,
+        /// The slice.
+        slice: String,
+    },
+    /// Slices of something that is several functions.
+    #[error(
+        "{what} may be several functions, which cannot have slices together; name one with pci"
+    )]
+    SlicesOfMany {
+        /// What was to be divided.
+        what: String,
     },
     /// One function twice.
     #[error("{address} is given twice; one function is one export")]
@@ -145,6 +169,9 @@ pub enum SourceError {
         /// What keeps the others from being exported, as the end of a sentence.
         obstacles: String,
     },
+    /// It cannot be divided.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
     /// A software drive cannot be opened.
     #[error("the software NVMe drive cannot be opened")]
     SoftNvme(#[source] SoftNvmeError),
@@ -189,7 +216,35 @@ impl Order {
                 });
             }
         };
-        Ok(Self { source, name })
+        Ok(Self {
+            source,
+            name,
+            slices: Vec::new(),
+            limits: LimitSpec::default(),
+        })
+    }
+
+    /// The same, divided into slices, each of which is claimed by itself.
+    pub fn with_slices(self, slices: Vec<SliceConfig>) -> Result<Self, OrderError> {
+        let one = Count::Exactly(1);
+        let several = match &self.source {
+            Source::Sriov { .. } => true,
+            Source::Match { count, .. } => *count != one,
+            Source::Pci { .. } | Source::SoftNvme(_) | Source::VfioUser(_) => false,
+        };
+        if several && !slices.is_empty() {
+            return Err(OrderError::SlicesOfMany {
+                what: self.source.to_string(),
+            });
+        }
+        shared::check(self.name.as_ref(), &slices)?;
+        Ok(Self { slices, ..self })
+    }
+
+    /// The same, with limits for each claim.
+    #[must_use]
+    pub fn with_limits(self, limits: LimitSpec) -> Self {
+        Self { limits, ..self }
     }
 
     /// What is to be opened.

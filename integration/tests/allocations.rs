@@ -28,7 +28,7 @@ use farbus_device_server::manager::Manager;
 use farbus_fabric::FabricError;
 use farbus_fabric::provider::Options;
 use farbus_fabric::session::{ClaimedLink, client};
-use farbus_fabric::wire::ExportName;
+use farbus_fabric::wire::{ExportName, RateLimits};
 use farbus_integration::counting::{self, Counting};
 use farbus_integration::scratch::Scratch;
 use farbus_shadow_mem::polling::Polling;
@@ -94,6 +94,7 @@ impl Daemons {
             export: ExportName::new("disk0").unwrap(),
             providers: Options::tcp(),
             allow_tcp_fallback: false,
+            limits: RateLimits::NONE,
         };
         let exports = Exports::new(vec![Export::new(source.export.clone(), Arc::new(drive))]);
         let manager = Manager::new(listener, exports, Polling::Adaptive).unwrap();

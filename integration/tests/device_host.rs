@@ -192,6 +192,65 @@ fn virtual_functions_are_made_exported_and_removed() -> TestResult {
 }
 
 #[test]
+fn serve_finds_functions_by_what_they_are_and_gives_back_what_is_taken_out() -> TestResult {
+    let scratch = Scratch::new("disk")?;
+    let builder = lender("serve", Kernel::V6_12)
+        .program("farbus-device-server")
+        .root_port("rp0", &Value::Null)
+        .block_node("node0", &disk(&scratch, "disk0.img")?)
+        .device(&json!({"driver": "nvme-subsys", "id": "subsys0", "nqn": "subsys0"}))
+        .device(&json!({
+            "driver": "nvme", "id": "nv0", "bus": "rp0", "serial": "physical", "subsys": "subsys0",
+            "max_ioqpairs": 16, "msix_qsize": 17, "sriov_max_vfs": 4,
+            "sriov_vq_flexible": 8, "sriov_vi_flexible": 8,
+        }))
+        .device(&json!({"driver": "nvme-ns", "drive": "node0", "nsid": 1, "bus": "nv0"}))
+        .emulated_nvme("alone", &disk(&scratch, "disk1.img")?);
+    let (machine, guest) = boot(&builder)?;
+    let server = "[server]\nlisten = \"127.0.0.1:0\"\nadmin-socket = \"/tmp/admin.sock\"\n";
+    let selected = "[[export]]\nname = \"disk\"\nbind = true\n\
+                    match = { class = \"nvme\", vendor-id = \"1b36\", device-id = \"0010\" }\n";
+    let virtuals =
+        format!("[[export]]\nname = \"vf\"\nsriov = {{ pci = \"{NVME}\", functions = 2 }}\n");
+    let bad = "[[export]]\nname = \"bad\"\npci = \"0000:7f:00.0\"\nbind = true\n";
+    let write = |exports: &[&str]| {
+        let text = exports.concat();
+        format!("cat >/tmp/c.toml <<'END'\n{server}{text}END\n")
+    };
+    let both = write(&[selected, &virtuals, bad]);
+    let one = write(&[selected]);
+    let none = write(&[]);
+    let count = format!("cat /sys/bus/pci/devices/{NVME}/sriov_numvfs");
+    let reload = "R=$((R + 1)); kill -HUP $P; \
+                  until [ $(grep -c 'configuration read' /tmp/out) = $R ]; do sleep 0.1; done; ";
+
+    let script = format!(
+        "{both}R=0; start serve --config /tmp/c.toml; {one}{reload}{count}; {none}{reload}\
+         basename $(readlink /sys/bus/pci/devices/0000:02:00.0/driver); \
+         kill $P; wait $P; S=$?; cat /tmp/out; exit $S"
+    );
+    let said = ends_with(&guest, 0, &script)?;
+
+    assert_said(
+        &said,
+        &[
+            "ready export=disk export=vf-0 export=vf-1 export=bad",
+            "bad: cannot be exported: there is no PCI function 0000:7f:00.0",
+            "as disk\n",
+            "disk: QEMU NVMe Ctrl, serial number alone, 67108864 bytes",
+            "vf-0: QEMU NVMe Ctrl",
+            "removed vf, bad",
+            "removed disk",
+            "gave 0000:02:00.0 back to nvme",
+            "\n0\nnvme\n",
+            "ended in order",
+        ],
+    );
+    machine.quit()?;
+    Ok(())
+}
+
+#[test]
 fn doctor_and_export_tell_of_a_shared_group_and_of_low_memlock() -> TestResult {
     let scratch = Scratch::new("disk")?;
     let function = |n: u8| {

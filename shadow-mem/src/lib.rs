@@ -5,6 +5,7 @@
 //! half* drives the real one. Between them is a [`session::Session`] over the fabric.
 //!
 //! * [`guest`]: guest memory as the VMM maps it.
+//! * [`limits`]: limits of a claim as people write them.
 //! * [`shadow`]: the buffer shadow and who gets which of its pages.
 //! * [`nvme`]: the NVMe engine.
 //! * [`polling`]: how a data thread waits for work.
@@ -13,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod guest;
+pub mod limits;
 pub mod nvme;
 pub mod polling;
 pub mod remote;

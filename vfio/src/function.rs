@@ -285,6 +285,11 @@ pub trait Function: Send + Sync {
     /// DMA windows and interrupt eventfds stay set; no DMA of before the reset follows it.
     fn reset(&self) -> Result<(), FunctionError>;
 
+    /// Does what a function leaves to the thread of whoever drives it, such as passing on
+    /// completions: called before each look at memory that the function writes. Most functions
+    /// leave nothing.
+    fn service(&self) {}
+
     /// The notices that can come, each with the eventfd that is signalled for it. They do not
     /// change while the function is open.
     fn notices(&self) -> Vec<(Notice, &EventFd)> {

@@ -12,6 +12,7 @@ pub mod kernel;
 pub mod nvme;
 pub mod nvme_port;
 pub mod pci;
+pub mod shared;
 pub mod sigbus;
 pub mod soft_nvme;
 pub mod sysfs;

@@ -226,6 +226,7 @@ impl Status {
     pub const INVALID_LOG_PAGE: Self = Self(0x109 | Self::DNR);
     pub const INVALID_QUEUE_DELETION: Self = Self(0x10c | Self::DNR);
     pub const FEATURE_NOT_SAVEABLE: Self = Self(0x10d | Self::DNR);
+    pub const FEATURE_NOT_CHANGEABLE: Self = Self(0x10e | Self::DNR);
     pub const FEATURE_NOT_NAMESPACE_SPECIFIC: Self = Self(0x10f | Self::DNR);
     // Media and data integrity errors, status code type 2.
     pub const WRITE_FAULT: Self = Self(0x280);

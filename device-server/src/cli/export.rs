@@ -21,12 +21,14 @@ use super::specs::{Named, SoftNvmeSpec, SriovSpec, UserSocket, parse_name};
 use super::{Failure, failure};
 use crate::exports::Exports;
 use crate::manager::Manager;
-use crate::sources::{Order, Source, Stock};
+use crate::slices::{LimitSpec, SliceConfig};
+use crate::sources::{Order, OrderError, Source, Stock};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   farbus-device-server export --soft-nvme path=disk.img,size=1GiB --name disk0 --listen 127.0.0.1:7420
   farbus-device-server export --bind --pci 0000:01:00.0,name=disk0 --pci 0000:02:00.0,name=disk1
+  farbus-device-server export --pci 0000:01:00.0 --name disk0 --slice name=a,size=512MiB --slice name=b,offset=512MiB,size=512MiB
   farbus-device-server export --sriov 0000:01:00.0,vfs=4,name=disk
   farbus-device-server export --provider verbs --rdma-device mlx5_0 --pci 0000:01:00.0 --listen 10.0.0.1:7420 --insecure
 
@@ -61,6 +63,16 @@ pub(super) struct ExportArgs {
     /// For a single export; with several, give each its name=.
     #[arg(long, value_parser = parse_name)]
     name: Option<ExportName>,
+    /// Divides the drive, so that each slice is claimed by itself, as EXPORT/NAME:
+    /// `name=NAME[,offset=SIZE][,size=SIZE][,namespace=N][,overlap=yes]` and the limits of --limit, which then
+    /// hold in place of those. For a single export. May be given several times.
+    #[arg(long, value_name = "SPEC")]
+    slice: Vec<SliceConfig>,
+    /// Holds each claim to limits: `[iops=N][,iops-burst=N][,bytes-per-second=SIZE][,bytes-burst=SIZE]`. Commands
+    /// beyond them wait. A burst is what may come at once after a while without; a tenth of a second's
+    /// unless given.
+    #[arg(long, value_name = "SPEC")]
+    limit: Option<LimitSpec>,
     /// Where to remember what was bound, for the start after a crash.
     #[arg(long, value_name = "DIRECTORY", default_value = "/run/farbus")]
     state_dir: PathBuf,
@@ -141,11 +153,22 @@ impl ExportArgs {
                 ),
             }
         }
+        if orders.len() > 1 && !self.slice.is_empty() {
+            bail!(
+                "--slice divides one export, and there are {}; run a device server for each that is divided",
+                orders.len()
+            );
+        }
+        let limits = self.limit.unwrap_or_default();
         let orders: Result<Vec<Order>, _> = orders
             .into_iter()
-            .map(|(source, name)| Order::new(source, name))
+            .map(|(source, name)| {
+                Ok(Order::new(source, name)?
+                    .with_slices(self.slice.clone())?
+                    .with_limits(limits))
+            })
             .collect();
-        Ok(orders?)
+        orders.map_err(|error: OrderError| error.into())
     }
 }
 

@@ -29,7 +29,13 @@ pub(super) struct SriovSpec {
 
 /// A name for an export, with what may be in one.
 pub(super) fn parse_name(name: &str) -> Result<ExportName, String> {
-    ExportName::new(name).map_err(|error| error.to_string())
+    let checked = ExportName::new(name).map_err(|error| error.to_string())?;
+    if checked.is_slice() {
+        return Err(format!(
+            "the name `{name}` has a slash, which only names of slices have; --slice makes these"
+        ));
+    }
+    Ok(checked)
 }
 
 impl<T: FromStr<Err: ToString>> FromStr for Named<T> {

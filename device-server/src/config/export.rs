@@ -8,6 +8,7 @@ use toml::Spanned;
 
 use super::values::{AbsolutePath, Class, Parsed, PciId, Size};
 use super::{Entry, Wrong};
+use crate::slices::{LimitSpec, SliceConfig};
 use crate::sources::{Count, Order, Selector, Source};
 
 const SOURCES: &str = "pci, match, sriov, soft-nvme or vfio-user-device";
@@ -23,8 +24,9 @@ pub(super) struct ExportTable {
     sriov: Option<Spanned<SriovTable>>,
     soft_nvme: Option<Spanned<SoftNvmeTable>>,
     vfio_user_device: Option<Spanned<Parsed<AbsolutePath>>>,
-    limits: Option<Spanned<toml::Value>>,
-    slice: Option<Vec<Spanned<toml::Value>>>,
+    limits: Option<Spanned<LimitSpec>>,
+    #[serde(default)]
+    slice: Vec<Spanned<SliceConfig>>,
 }
 
 #[derive(Deserialize)]
@@ -66,12 +68,30 @@ impl ExportTable {
     pub(super) fn check(self) -> Result<Entry, Wrong> {
         let span = self.name.span();
         let name = self.name.into_inner().0;
-        if let Some(limits) = &self.limits {
-            return Err(not_yet(limits, "limits"));
+        if name.is_slice() {
+            let what = format!(
+                "{name} has a slash, which only names of slices have; add [[export.slice]]"
+            );
+            return Err(Wrong { span, what });
         }
-        if let Some(slice) = self.slice.iter().flatten().next() {
-            return Err(not_yet(slice, "slices"));
+        let mut slices = Vec::new();
+        for slice in self.slice {
+            let span = slice.span();
+            let slice = slice.into_inner();
+            // Checked where the file is still known: keys of one slice go together.
+            if let Err(what) = slice.limits.unwrap_or_default().check() {
+                return Err(Wrong { span, what });
+            }
+            slices.push(slice);
         }
+        let limits = match self.limits {
+            Some(limits) => {
+                let span = limits.span();
+                let limits = limits.into_inner().check();
+                limits.map_err(|what| Wrong { span, what })?
+            }
+            None => LimitSpec::default(),
+        };
         let may_bind = self.pci.is_some() || self.r#match.is_some();
         if let Some(bind) = self.bind.as_ref().filter(|_| !may_bind) {
             return Err(Wrong {
@@ -126,18 +146,14 @@ impl ExportTable {
             );
             return Err(Wrong { span, what });
         }
-        let order = Order::new(source, Some(name.clone())).map_err(|error| Wrong {
-            span,
-            what: error.to_string(),
-        })?;
+        let order = Order::new(source, Some(name.clone()))
+            .and_then(|order| order.with_slices(slices))
+            .map_err(|error| Wrong {
+                span,
+                what: error.to_string(),
+            })?;
+        let order = order.with_limits(limits);
         Ok(Entry { name, order })
-    }
-}
-
-fn not_yet<T>(value: &Spanned<T>, what: &str) -> Wrong {
-    Wrong {
-        span: value.span(),
-        what: format!("this version of farbus-device-server has no {what}; remove them"),
     }
 }
 

@@ -56,6 +56,21 @@ fn every_kind_of_export_is_understood() {
         name = "other"
         vfio-user-device = "/run/other.sock"
 
+        limits = { iops = 100 }
+
+        [[export]]
+        name = "shared"
+        soft-nvme = { path = "/srv/shared.img" }
+        limits = { iops = 10000, bytes-per-second = "1GiB" }
+        [[export.slice]]
+        name = "a"
+        offset = "0"
+        size = "512MiB"
+        limits = { iops = 5000 }
+        [[export.slice]]
+        name = "b"
+        namespace = 2
+
         [[export]]
         name = "null"
         soft-nvme = { backing = "null", size = 1048576 }
@@ -98,7 +113,14 @@ fn every_kind_of_export_is_understood() {
         }
     ));
     assert!(matches!(sources[4], Source::Sriov { count: 4, .. }));
-    assert_eq!(*sources[6], Source::SoftNvme(SoftNvmeConfig::null(1 << 20)));
+    assert_eq!(*sources[7], Source::SoftNvme(SoftNvmeConfig::null(1 << 20)));
+    let name = ExportName::new("shared").unwrap();
+    let slices = ["name=a,size=512MiB,iops=5000", "name=b,namespace=2"];
+    let shared = Order::new(sources[6].clone(), Some(name))
+        .and_then(|order| order.with_slices(slices.map(|slice| slice.parse().unwrap()).into()))
+        .unwrap()
+        .with_limits("iops=10000,bytes-per-second=1GiB".parse().unwrap());
+    assert_eq!(config.exports[6].order, shared);
 }
 
 #[test]
@@ -226,6 +248,36 @@ const WRONG: &[(&str, usize, &str)] = &[
         "[[export]]\nname = \"a\"\nsoft-nvme = { backing = \"memory\", size = 512, path = \"/x\" }",
         3,
         "leave path out",
+    ),
+    (
+        "[[export]]\nname = \"a/b\"\nvfio-user-device = \"/x\"",
+        2,
+        "only names of slices",
+    ),
+    (
+        "[[export]]\nname = \"a\"\nvfio-user-device = \"/x\"\nlimits = { iops = 0 }",
+        4,
+        "",
+    ),
+    (
+        "[[export]]\nname = \"a\"\nvfio-user-device = \"/x\"\nlimits = { iops-burst = 5 }",
+        4,
+        "without iops",
+    ),
+    (
+        "[[export]]\nname = \"a\"\nsriov = { pci = \"01:00.0\", functions = 2 }\n[[export.slice]]\nname = \"s\"",
+        2,
+        "several functions",
+    ),
+    (
+        "[[export]]\nname = \"a\"\nvfio-user-device = \"/x\"\n[[export.slice]]\nname = \"s/t\"",
+        5,
+        "slash",
+    ),
+    (
+        "[[export]]\nname = \"a\"\nvfio-user-device = \"/x\"\n[[export.slice]]\nname = \"s\"\n[[export.slice]]\nname = \"s\"",
+        2,
+        "two exports are named s",
     ),
     (
         "[[export]]\nname = \"a\"\nvfio-user-device = \"/x\"\n\n[[export]]\nname = \"a\"\nvfio-user-device = \"/y\"",

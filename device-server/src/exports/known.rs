@@ -7,7 +7,7 @@ use std::thread;
 use farbus_fabric::wire::{Label, Listed, ListedState, Text};
 use farbus_shadow_mem::nvme::device::{DeviceHalf, Identity, Limits};
 use farbus_vfio::Function;
-use log::warn;
+use log::{info, warn};
 
 use super::{Export, Status};
 
@@ -69,7 +69,17 @@ impl Export {
             return;
         };
         match DeviceHalf::open(Arc::clone(&function), Limits::default()) {
-            Ok(half) => self.learn(&half),
+            Ok(half) => {
+                let identity = half.identity();
+                info!(
+                    "{}: {}, serial number {}, {} bytes",
+                    self.name(),
+                    identity.model,
+                    identity.serial,
+                    identity.capacity
+                );
+                self.learn(&half);
+            }
             Err(error) => {
                 let why = format!("{:#}", anyhow::Error::new(error));
                 warn!("{}: cannot be used: {why}", self.name());

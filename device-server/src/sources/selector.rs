@@ -72,10 +72,15 @@ impl Selector {
         inventory: &Inventory,
         taken: &[PciAddress],
     ) -> (Vec<PciAddress>, Vec<String>) {
+        // Virtual functions are exported by the order that has them made.
+        let is_taken = |function: &PciFunction| {
+            let owner = function.physical_function;
+            taken.contains(&function.address) || owner.is_some_and(|owner| taken.contains(&owner))
+        };
         let matching = inventory
             .functions()
             .iter()
-            .filter(|function| !taken.contains(&function.address) && self.matches(host, function));
+            .filter(|function| !is_taken(function) && self.matches(host, function));
         let (mut found, mut obstacles) = (Vec::new(), Vec::new());
         for function in matching {
             match function.obstacles.first() {

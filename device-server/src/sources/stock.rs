@@ -12,8 +12,9 @@ use farbus_vfio::{Function, PciAddress};
 use log::{info, warn};
 
 use super::open::{self, Opened, refuse_without_reset};
+use super::shared;
 use super::{Count, Order, OrderError, Source, SourceError, address_name, has_engine};
-use crate::exports::{self, Export, Reopen};
+use crate::exports::{Export, Reopen, ask};
 
 /// How long functions may stay open at the end, after all attachments had their time to end.
 const CLOSING: Duration = Duration::from_secs(3);
@@ -82,7 +83,7 @@ impl Stock {
                 stock.exports.push(export);
             }
         }
-        exports::ask(&stock.exports.iter().collect::<Vec<_>>());
+        ask(&stock.exports.iter().collect::<Vec<_>>());
         Ok(stock)
     }
 
@@ -132,14 +133,12 @@ impl Stock {
             (Source::SoftNvme(config), Some(name)) => {
                 let config = config.clone();
                 let function = open::soft(&config)?;
-                let export = export(name.clone(), function, move || open::soft(&config))?;
-                Ok(vec![export])
+                exports(order, name, function, move || open::soft(&config))
             }
             (Source::VfioUser(path), Some(name)) => {
                 let path = path.clone();
                 let function = open::user(&path)?;
-                let export = export(name.clone(), function, move || open::user(&path))?;
-                Ok(vec![export])
+                exports(order, name, function, move || open::user(&path))
             }
             (source, prefix) => {
                 let functions = self.find(source, prefix.as_ref(), given)?;
@@ -149,7 +148,7 @@ impl Stock {
                 };
                 let mut exports = Vec::new();
                 for (address, name) in functions {
-                    exports.push(self.lend(address, name, bind, given)?);
+                    exports.extend(self.lend(order, (address, name), bind, given)?);
                 }
                 Ok(exports)
             }
@@ -220,11 +219,11 @@ impl Stock {
     /// Has the host lend a function, and opens it.
     fn lend(
         &mut self,
-        address: PciAddress,
-        name: ExportName,
+        order: &Order,
+        (address, name): (PciAddress, ExportName),
         bind: bool,
         given: &mut Given,
-    ) -> Result<Export, SourceError> {
+    ) -> Result<Vec<Export>, SourceError> {
         let bindings = self.bindings(address)?;
         bindings.lend(address, bind)?;
         given.functions.push(address);
@@ -247,8 +246,9 @@ impl Stock {
             }
             open.open(address)
         };
-        let export = export(name, function, lend_again)?;
-        Ok(export.near_to(numa_node.and_then(|node| u16::try_from(node).ok())))
+        let exports = exports(order, &name, function, lend_again)?;
+        let node = numa_node.and_then(|node| u16::try_from(node).ok());
+        Ok(exports.into_iter().map(|e| e.near_to(node)).collect())
     }
 
     /// Gives back to the host what was changed for one order. Its exports must have been dropped;
@@ -352,12 +352,23 @@ fn refuse_group_of(
     }
 }
 
-/// An export; `reopen` opens its function again after it was gone.
-fn export(
-    name: ExportName,
+/// What is exported of a function: all of it, or its slices. `reopen` opens it again after it was
+/// gone.
+fn exports(
+    order: &Order,
+    name: &ExportName,
     function: Arc<dyn Function>,
     reopen: impl Fn() -> Result<Arc<dyn Function>, SourceError> + Send + Sync + 'static,
-) -> Result<Export, SourceError> {
+) -> Result<Vec<Export>, SourceError> {
+    if !order.slices.is_empty() {
+        return shared::divide(
+            name,
+            &order.slices,
+            order.limits,
+            function,
+            Box::new(reopen),
+        );
+    }
     refuse_without_reset(function.as_ref())?;
     info!("exports {} as {}", function.info().label, name.as_str());
     let reopen: Reopen = Box::new(move || {
@@ -365,7 +376,8 @@ fn export(
         refuse_without_reset(function.as_ref())?;
         Ok(function)
     });
-    Ok(Export::reopening(name, function, reopen))
+    let export = Export::reopening(name.clone(), function, reopen);
+    Ok(vec![export.limited_to(order.limits.rates())])
 }
 
 /// Who exports no PCI functions needs neither the rights for them nor a place for records, and

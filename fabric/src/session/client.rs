@@ -11,8 +11,8 @@ use super::channel::Channel;
 use super::rdma::Prepared;
 use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
-    Description, Epoch, ExportName, Label, Listed, Message, NEWEST, OLDEST, ProtocolVersion, Side,
-    Text,
+    Description, Epoch, ExportName, Label, Listed, Message, NEWEST, OLDEST, ProtocolVersion,
+    RateLimits, Side, Text,
 };
 use crate::{FabricError, Link, TcpLink};
 
@@ -60,6 +60,19 @@ pub fn claim_by(
     deadline: Duration,
     options: &Options,
 ) -> Result<ClaimedLink, FabricError> {
+    let wanted = (export, RateLimits::NONE);
+    claim_limited(address, wanted, label, deadline, options)
+}
+
+/// As [`claim_by`], held to limits of one's own. A device server that is too old for them is an
+/// error.
+pub fn claim_limited(
+    address: &str,
+    (export, limits): (&ExportName, RateLimits),
+    label: &str,
+    deadline: Duration,
+    options: &Options,
+) -> Result<ClaimedLink, FabricError> {
     let label = Label::new(label)?;
     let mut budget = Budget::new(deadline);
     let addresses = resolve(address, &mut budget)?;
@@ -67,7 +80,7 @@ pub fn claim_by(
     let local = stream.local_addr().ok().map(|address| address.ip());
     let link = TcpLink::new(stream, Side::Compute)?;
     let channel = Channel::new(Box::new(link), budget);
-    exchange(channel, export, label, local, options)
+    exchange(channel, (export, limits), label, local, options)
 }
 
 /// Claims an export over a link that is connected already.
@@ -79,7 +92,8 @@ pub fn claim_over(
 ) -> Result<ClaimedLink, FabricError> {
     let label = Label::new(label)?;
     let channel = Channel::new(link, Budget::new(deadline));
-    exchange(channel, export, label, None, &Options::tcp())
+    let wanted = (export, RateLimits::NONE);
+    exchange(channel, wanted, label, None, &Options::tcp())
 }
 
 /// Asks the device server at `address` (`host:port`) what it offers, in rising order of the names.
@@ -147,14 +161,24 @@ fn list_on(mut channel: Channel, label: Label) -> Result<Vec<Listed>, FabricErro
 
 fn exchange(
     mut channel: Channel,
-    export: &ExportName,
+    (export, limits): (&ExportName, RateLimits),
     label: Label,
     local: Option<IpAddr>,
     options: &Options,
 ) -> Result<ClaimedLink, FabricError> {
     let (version, peer) = greet(&mut channel, label)?;
-    channel.send(&Message::Claim {
-        export: export.clone(),
+    let export = export.clone();
+    channel.send(&match limits.is_none() {
+        true => Message::Claim { export },
+        false if version < ProtocolVersion::V3 => {
+            return Err(FabricError::TooOld {
+                peer,
+                version: version.number(),
+                what: "a claim with limits",
+                needed: ProtocolVersion::V3.number(),
+            });
+        }
+        false => Message::ClaimWith { export, limits },
     })?;
     let (epoch, shadow_len, tags) = match channel.receive("the claim of the export")? {
         Message::Claimed {

@@ -14,7 +14,7 @@ use super::rdma::Prepared;
 use crate::provider::{Choice, Options, Provider, Wanted};
 use crate::wire::{
     Description, Epoch, ExportName, Label, Listed, Listing, Message, NEWEST, OLDEST,
-    ProtocolVersion, RdmaEndpoint, RefusalCode, Side, Text, negotiate,
+    ProtocolVersion, RateLimits, RdmaEndpoint, RefusalCode, Side, Text, negotiate,
 };
 use crate::{FabricError, Link, TcpLink};
 
@@ -35,6 +35,7 @@ pub enum Request {
 pub struct ClaimRequest {
     session: Session,
     export: ExportName,
+    limits: RateLimits,
 }
 
 /// A peer that waits to be told what there is.
@@ -126,7 +127,17 @@ impl Incoming {
             Message::Claim { export } => Ok(Request::Claim(ClaimRequest {
                 session: self.session,
                 export,
+                limits: RateLimits::NONE,
             })),
+            Message::ClaimWith { export, limits }
+                if self.session.version >= ProtocolVersion::V3 =>
+            {
+                Ok(Request::Claim(ClaimRequest {
+                    session: self.session,
+                    export,
+                    limits,
+                }))
+            }
             Message::List { after } if self.session.version >= ProtocolVersion::V3 => {
                 Ok(Request::List(ListRequest {
                     session: self.session,
@@ -185,6 +196,11 @@ impl ClaimRequest {
     /// The export that is asked for.
     pub fn export(&self) -> &ExportName {
         &self.export
+    }
+
+    /// What the peer wants to be held to.
+    pub fn limits(&self) -> RateLimits {
+        self.limits
     }
 
     /// How the peer names itself.

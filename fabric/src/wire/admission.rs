@@ -41,6 +41,7 @@ impl Kind {
         match self {
             Kind::Hello
             | Kind::Claim
+            | Kind::ClaimWith
             | Kind::List
             | Kind::Describe
             | Kind::ConfigRead
@@ -80,6 +81,7 @@ impl Kind {
             Kind::Hello
             | Kind::Welcome
             | Kind::Claim
+            | Kind::ClaimWith
             | Kind::Claimed
             | Kind::List
             | Kind::Listing => epoch == Epoch::NONE,

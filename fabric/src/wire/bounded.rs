@@ -9,7 +9,8 @@ use std::str::FromStr;
 use super::WireError;
 use super::codec::in_range;
 
-/// The name of an export: 1 to 64 characters out of `A-Z a-z 0-9 . _ -`.
+/// The name of an export: 1 to 64 characters out of `A-Z a-z 0-9 . _ -`. That of a slice of a
+/// shared export is the export's, a slash, and the slice's own.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ExportName(String);
 
@@ -26,10 +27,25 @@ impl ExportName {
             Self::MAX as u64,
         )?;
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-        match name.bytes().enumerate().find(|(_, byte)| !allowed(*byte)) {
+        let own = match name.split_once('/') {
+            Some((export, slice)) if !export.is_empty() && !slice.is_empty() => export.len(),
+            _ => name.len(),
+        };
+        let mut bytes = name.bytes().enumerate().filter(|(at, _)| *at != own);
+        match bytes.find(|(_, byte)| !allowed(*byte)) {
             Some((at, byte)) => Err(WireError::ExportNameByte { byte, at }),
             None => Ok(ExportName(name.to_owned())),
         }
+    }
+
+    /// The name of one of its slices.
+    pub fn slice(&self, slice: &str) -> Result<Self, WireError> {
+        Self::new(&format!("{}/{slice}", self.0))
+    }
+
+    /// Whether it is the name of a slice.
+    pub fn is_slice(&self) -> bool {
+        self.0.contains('/')
     }
 
     /// The name.

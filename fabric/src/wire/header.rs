@@ -72,6 +72,8 @@ kinds! {
     List = 0x0a, 2, 2 + ExportName::MAX as u32;
     /// What there is to claim.
     Listing = 0x0b, Listing::HEAD as u32, MAX_CONTROL as u32;
+    /// As `Claim`, with limits that the compute side wants for itself.
+    ClaimWith = 0x0c, 3 + 32, 2 + 64 + 32;
     /// Reads config space.
     ConfigRead = 0x10, 8, 8;
     /// Writes config space; posted.

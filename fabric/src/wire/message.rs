@@ -8,7 +8,8 @@ use super::codec::{in_range, within};
 use super::description::check_blob;
 use super::{
     Data, Description, Epoch, ExportName, FaultCode, InterruptKind, Kind, Label, Listing,
-    ProtocolVersion, RdmaEndpoint, RdmaKey, RefusalCode, Region, RequestId, Text, WireError,
+    ProtocolVersion, RateLimits, RdmaEndpoint, RdmaKey, RefusalCode, Region, RequestId, Text,
+    WireError,
 };
 
 /// A message without entries. Each variant is the [`Kind`] of the same name.
@@ -33,6 +34,10 @@ pub enum Message {
     },
     Claim {
         export: ExportName,
+    },
+    ClaimWith {
+        export: ExportName,
+        limits: RateLimits,
     },
     Claimed {
         epoch: Epoch,
@@ -115,6 +120,7 @@ impl Message {
             Message::Welcome { .. } => Kind::Welcome,
             Message::Refused { .. } => Kind::Refused,
             Message::Claim { .. } => Kind::Claim,
+            Message::ClaimWith { .. } => Kind::ClaimWith,
             Message::Claimed { .. } => Kind::Claimed,
             Message::Describe => Kind::Describe,
             Message::Description(_) => Kind::Description,

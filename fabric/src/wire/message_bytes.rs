@@ -4,8 +4,8 @@ use super::bounded::utf8;
 use super::codec::{Put, Reader, in_range};
 use super::{
     Data, Description, Epoch, ExportName, FaultCode, Header, InterruptKind, Kind, Label, Listing,
-    MAGIC, Message, ProtocolVersion, RdmaEndpoint, RdmaKey, RefusalCode, RequestId, Text,
-    WireError,
+    MAGIC, Message, ProtocolVersion, RateLimits, RdmaEndpoint, RdmaKey, RefusalCode, RequestId,
+    Text, WireError,
 };
 
 impl Message {
@@ -36,6 +36,10 @@ impl Message {
                 put_text(out, text.as_str());
             }
             Message::Claim { export } => put_text(out, export.as_str()),
+            Message::ClaimWith { export, limits } => {
+                put_text(out, export.as_str());
+                limits.encode(out);
+            }
             Message::Claimed {
                 epoch,
                 shadow_len,
@@ -173,6 +177,10 @@ impl Message {
             },
             Kind::Claim => Message::Claim {
                 export: ExportName::new(utf8("an export name", take_counted(reader)?)?)?,
+            },
+            Kind::ClaimWith => Message::ClaimWith {
+                export: ExportName::new(utf8("an export name", take_counted(reader)?)?)?,
+                limits: RateLimits::decode(reader)?,
             },
             Kind::Claimed => {
                 let epoch = Epoch(reader.u64()?);

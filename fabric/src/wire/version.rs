@@ -12,7 +12,7 @@ pub enum ProtocolVersion {
     /// Adds the choice of RDMA after a claim, and keys of memory: `RdmaOffer`, `RdmaAnswer`,
     /// `RdmaChoice` and `RdmaKeys`.
     V2 = 2,
-    /// Adds what pools and shared drives need: `List` and `Listing`; see docs/protocol.md.
+    /// Adds what pools and shared drives need: `List` and `Listing`, `ClaimWith`; see docs/protocol.md.
     V3 = 3,
 }
 

@@ -28,6 +28,8 @@ pub(crate) fn any_message() -> impl Strategy<Value = Message> {
         "[A-Za-z0-9._-]{1,64}".prop_map(|name| Message::Claim {
             export: ExportName::new(&name).unwrap()
         }),
+        (any_slice_name(), any_limits())
+            .prop_map(|(export, limits)| Message::ClaimWith { export, limits }),
         (1..=u64::MAX, any::<u32>(), 1..=u16::MAX).prop_map(|(epoch, shadow_len, tags)| {
             Message::Claimed {
                 epoch: Epoch(epoch),
@@ -142,6 +144,21 @@ fn any_listing() -> impl Strategy<Value = Listing> {
             entries,
         }
     })
+}
+
+fn any_slice_name() -> impl Strategy<Value = ExportName> {
+    "[A-Za-z0-9._-]{1,31}/[A-Za-z0-9._-]{1,32}".prop_map(|name| ExportName::new(&name).unwrap())
+}
+
+fn any_limits() -> impl Strategy<Value = RateLimits> {
+    any::<[u64; 4]>().prop_map(
+        |[iops, iops_burst, bytes_per_second, bytes_burst]| RateLimits {
+            iops,
+            iops_burst,
+            bytes_per_second,
+            bytes_burst,
+        },
+    )
 }
 
 pub(crate) fn any_endpoint() -> impl Strategy<Value = RdmaEndpoint> {

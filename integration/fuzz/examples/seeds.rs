@@ -22,6 +22,7 @@ fn main() -> std::io::Result<()> {
         ("fabric_frame", fabric()),
         ("nvme_guest", guest_scripts()),
         ("nvme_device", device_scripts()),
+        ("shared_portion", portion_scripts()),
         ("config_space", config()),
         ("vhost_user_request", chains()),
         ("cloud_hypervisor_answer", answers()),
@@ -385,6 +386,61 @@ fn device_scripts() -> Vec<Seed> {
         ),
         ("gone", [plain, queues, reads, gone].concat()),
         ("ask", [plain, ask, identify, any].concat()),
+    ]
+}
+
+fn portion_scripts() -> Vec<Seed> {
+    use farbus_fuzz::shared::step::*;
+    // Queue, opcode, flags, id, namespace, two addresses, distance from the end, kind of address, dword 12.
+    let io = |opcode: u8, page: u8, near: i8, lba: u8, blocks: u8| {
+        let start = [COMMAND, 0, opcode, 0, 1, 0, page, 0, 0, page + 1, 0, 0];
+        [&start[..], &[near as u8, lba, blocks, 0, 0, 0]].concat()
+    };
+    let go: &[u8] = &[RING, 1, SERVICE];
+    let (read, write, zeroes, ranges) = (2, 1, 8, 9);
+    let delete: &[u8] = &[
+        COMMAND, 1, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, RING, 0,
+    ];
+    let range: &[u8] = &[SCRIBBLE, 0, 10, 0, 0, 0, 0, 0, 2, 0, 0, 0, 63, 0, 0, 0];
+    vec![
+        (
+            "ends",
+            [
+                io(write, 8, -1, 1, 0),
+                io(read, 8, 0, 1, 0),
+                io(zeroes, 8, -1, 1, 1),
+                go.to_vec(),
+            ]
+            .concat(),
+        ),
+        (
+            "foreign",
+            [io(write, 16, 0, 0, 0), io(read, 15, 0, 0, 15), go.to_vec()].concat(),
+        ),
+        (
+            "ranges",
+            [range.to_vec(), io(ranges, 10, 0, 0, 0), go.to_vec()].concat(),
+        ),
+        (
+            "restarted",
+            [
+                io(write, 8, -8, 1, 7),
+                vec![RING, 1, RESET, ENABLE],
+                io(read, 8, -8, 1, 7),
+                go.to_vec(),
+            ]
+            .concat(),
+        ),
+        (
+            "deleted",
+            [
+                io(read, 9, 0, 0, 3),
+                delete.to_vec(),
+                go.to_vec(),
+                vec![7, SERVICE],
+            ]
+            .concat(),
+        ),
     ]
 }
 

@@ -6,6 +6,7 @@
 //! | [`fabric`] | a peer's stream | what decodes encodes to the same bytes; TCP delivers just that |
 //! | [`config`] | a peer's configuration space, a VMM's accesses | it keeps its promises to the guest |
 //! | [`guest`] | a guest, with a real device half behind it | the halves agree, nothing is lost |
+//! | [`shared`] | the driver of a portion of a shared drive | the other portions' blocks and memory stay |
 //! | [`device`] | a peer and a device, around the device half | no DMA leaves the claim's memory |
 //!
 //! The vfio-user target needs no module: the compute agent has the conversation itself.
@@ -23,3 +24,4 @@ pub mod guest;
 pub mod input;
 pub mod link;
 pub mod nvme;
+pub mod shared;

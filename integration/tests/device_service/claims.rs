@@ -140,3 +140,33 @@ fn who_is_evicted_stays_out_for_a_moment_and_others_get_the_export() {
     assert_eq!(service.ask("DELETE", "/v1/claims/a").0, 409);
     service.server.terminate().unwrap();
 }
+
+#[test]
+fn slices_are_listed_claimed_and_taken_out_each_by_itself() {
+    let slice = |name: &str, offset: u32| {
+        format!("[[export.slice]]\nname = \"{name}\"\noffset = \"{offset}MiB\"\nsize = \"2MiB\"\n")
+    };
+    let divided = format!(
+        "{}limits = {{ iops = 100000 }}\n{}{}",
+        memory("disk"),
+        slice("a", 1),
+        slice("b", 3)
+    );
+    let service = Service::start("slices", "", &divided);
+    let tenant = service.claim("disk/a", "tenant").unwrap();
+
+    let listed = service.list();
+
+    let names: Vec<&str> = listed.iter().map(|entry| entry.name.as_str()).collect();
+    assert_eq!(names, ["disk/a", "disk/b"]);
+    assert_eq!(listed[0].capacity, Some(2 << 20));
+    assert_eq!(listed[1].state, ListedState::Free);
+    assert_eq!(service.export("disk/a")["state"], "claimed");
+
+    service.configure("");
+    service.ask("POST", "/v1/reload");
+    assert_eq!(service.list().len(), 1, "the other one is gone at once");
+    drop(tenant);
+    service.await_export("disk/a", |answer| answer["status"] == 404);
+    service.server.terminate().unwrap();
+}

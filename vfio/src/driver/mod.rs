@@ -121,6 +121,11 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
         &self.function
     }
 
+    /// How long any one thing may take from now on.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
     /// The DMA memory.
     pub fn memory(&mut self) -> &mut DmaMemory {
         &mut self.memory
@@ -324,6 +329,7 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
     }
 
     fn poll_ring(&mut self, queue: u16) -> Result<Option<CompletionEntry>, DriverError> {
+        self.function.service();
         let pair = self
             .queues
             .get_mut(&queue)
@@ -338,6 +344,7 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
     /// Takes all completions that are there, up to the free capacity of `into`, and gives their
     /// entries back with one doorbell at most. Allocates nothing.
     pub fn reap(&mut self, queue: u16, into: &mut Vec<CompletionEntry>) -> Result<(), DriverError> {
+        self.function.service();
         let pair = self
             .queues
             .get_mut(&queue)

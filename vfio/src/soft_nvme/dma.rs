@@ -36,7 +36,7 @@ pub(super) enum Access {
 
 /// The address is not mapped, or not for this access, or the function may not issue DMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Unreachable;
+pub(crate) struct Unreachable;
 
 /// All windows.
 pub(super) struct Dma {

@@ -14,13 +14,13 @@ pub(super) const WARNING_TEMPERATURE: u16 = 343;
 
 /// The current values of one controller.
 #[derive(Clone, Debug)]
-pub(super) struct Features {
+pub(crate) struct Features {
     arbitration: u32,
     over_temperature: u16,
     under_temperature: u16,
     error_recovery: u32,
     /// The volatile write cache is on.
-    pub(super) write_cache: bool,
+    pub(crate) write_cache: bool,
     /// I/O queue pairs, as a dword of Number of Queues.
     queues: u32,
     coalescing: u32,
@@ -33,7 +33,7 @@ pub(super) struct Features {
 
 impl Features {
     /// All defaults, for a controller with this many I/O queue pairs.
-    pub(super) fn new(queue_pairs: u16) -> Self {
+    pub(crate) fn new(queue_pairs: u16) -> Self {
         let zeroes_based = u32::from(queue_pairs) - 1;
         Self {
             // No limit on the commands that are fetched at a time.
@@ -52,7 +52,7 @@ impl Features {
     }
 
     /// Everything back to its default, as a controller reset does.
-    pub(super) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         *self = Self::new((self.vector_count - 1) as u16);
     }
 
@@ -68,7 +68,7 @@ impl Features {
     }
 
     /// Get Features: the result dword.
-    pub(super) fn get(&self, command: &SubmissionEntry) -> Result<u32, Status> {
+    pub(crate) fn get(&self, command: &SubmissionEntry) -> Result<u32, Status> {
         let id = command.dword(10) as u8;
         let is_namespace_specific = id == feature::ERROR_RECOVERY;
         if is_namespace_specific && command.nsid() != 1 {
@@ -122,7 +122,7 @@ impl Features {
     }
 
     /// Set Features: the result dword. `has_io_queues` says that I/O queues exist.
-    pub(super) fn set(
+    pub(crate) fn set(
         &mut self,
         command: &SubmissionEntry,
         has_io_queues: bool,

@@ -173,7 +173,7 @@ impl Health {
 }
 
 /// The Firmware Slot log, 512 bytes (NVMe 1.4 figure 196): slot 1 is all there is.
-pub(super) fn firmware_log(revision: [u8; 8]) -> Vec<u8> {
+pub(crate) fn firmware_log(revision: [u8; 8]) -> Vec<u8> {
     let mut page = vec![0; 512];
     page[0] = 1;
     page[8..16].copy_from_slice(&revision);

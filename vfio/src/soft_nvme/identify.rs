@@ -15,7 +15,7 @@ const ABORT_LIMIT: u8 = 3;
 /// The one format of the namespace that there is.
 const NSID: u32 = 1;
 
-pub(super) type Page = [u8; PAGE_SIZE];
+pub(crate) type Page = [u8; PAGE_SIZE];
 
 /// CNS 01h (NVMe 1.4 figure 247).
 pub(super) fn controller(identity: &Identity) -> Page {
@@ -87,7 +87,7 @@ pub(super) fn namespace(identity: &Identity, shape: Shape) -> Page {
 }
 
 /// CNS 02h: the active namespaces above `after`.
-pub(super) fn namespace_list(after: u32) -> Page {
+pub(crate) fn namespace_list(after: u32) -> Page {
     let mut page = [0; PAGE_SIZE];
     if after < NSID {
         page[..4].copy_from_slice(&NSID.to_le_bytes());
@@ -96,7 +96,7 @@ pub(super) fn namespace_list(after: u32) -> Page {
 }
 
 /// CNS 03h: namespace identification descriptors (NVMe 1.4 figure 249).
-pub(super) fn descriptors(identity: &Identity) -> Page {
+pub(crate) fn descriptors(identity: &Identity) -> Page {
     let mut page = [0; PAGE_SIZE];
     let mut at = 0;
     for (kind, value) in [

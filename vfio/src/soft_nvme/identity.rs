@@ -17,13 +17,13 @@ pub const DEVICE: u16 = 0x0001;
 
 /// The names of one controller and its namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Identity {
+pub(crate) struct Identity {
     /// 1 to 20 ASCII characters.
-    pub(super) serial: String,
+    pub(crate) serial: String,
     /// The namespace's UUID, version 8 (RFC 9562 §5.8), also its NGUID.
-    pub(super) uuid: [u8; 16],
+    pub(crate) uuid: [u8; 16],
     /// The namespace's EUI-64, in the locally administered space.
-    pub(super) eui64: [u8; 8],
+    pub(crate) eui64: [u8; 8],
 }
 
 impl Identity {
@@ -37,29 +37,31 @@ impl Identity {
             (None, Medium::File(path), Backing::File(file)) => file_source(path, file),
             _ => new_source(),
         };
+        let named = Self::named(&source);
+        Self {
+            serial: config.serial.clone().unwrap_or(named.serial),
+            ..named
+        }
+    }
+
+    /// Names that follow from a text, the same ones each time.
+    pub(crate) fn named(source: &str) -> Self {
         let hash = fnv1a(source.as_bytes()).to_be_bytes();
         let mut uuid = hash;
         uuid[6] = uuid[6] & 0x0f | 0x80;
         uuid[8] = uuid[8] & 0x3f | 0x80;
         let [a, b, c, d, e, f, g, h, ..] = hash;
         let eui64 = [a & 0xfc | 0x02, b, c, d, e, f, g, h];
-        let serial = config.serial.clone().unwrap_or_else(|| {
-            let digits: String = hash
-                .iter()
-                .take(8)
-                .map(|byte| format!("{byte:02X}"))
-                .collect();
-            format!("FB{digits}")
-        });
+        let digits = hash.iter().take(8).map(|byte| format!("{byte:02X}"));
         Self {
-            serial,
+            serial: format!("FB{}", digits.collect::<String>()),
             uuid,
             eui64,
         }
     }
 
     /// The UUID as text.
-    pub(super) fn uuid_text(&self) -> String {
+    pub(crate) fn uuid_text(&self) -> String {
         let hex: String = self.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         let parts = [0..8, 8..12, 12..16, 16..20, 20..32];
         parts

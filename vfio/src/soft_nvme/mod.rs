@@ -48,11 +48,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmm_sys_util::eventfd::EventFd;
 
+// What a portion of a shared drive has in common with this controller.
+pub(crate) use dma::Unreachable;
+pub(crate) use features::Features;
+pub(crate) use health::firmware_log;
+pub(crate) use identify::{descriptors, namespace_list};
+pub(crate) use identity::Identity;
 pub use identity::{DEVICE, VENDOR};
 pub use open::BackingError;
 pub use options::{
     DEFAULT_QUEUE_PAIRS, MAX_QUEUE_PAIRS, Medium, OptionError, SoftNvmeConfig, parse_size,
 };
+pub(crate) use prp::{LIST_ENTRIES, walk};
 
 use crate::config::{BarKind, ConfigEffect, ConfigImage, ConfigSpace, MsixLayout, PowerState};
 use crate::function::{

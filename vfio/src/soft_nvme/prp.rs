@@ -6,7 +6,7 @@ use super::dma::Unreachable;
 use crate::nvme::{PAGE_SIZE, Status};
 
 /// Entries of a full page of a PRP list.
-pub(super) const LIST_ENTRIES: usize = PAGE_SIZE / 8;
+pub(crate) const LIST_ENTRIES: usize = PAGE_SIZE / 8;
 
 /// Finds the memory of `len` bytes of data and hands it to `emit` as (address, length in
 /// bytes), in order. `read_list` copies entries of a PRP list out of memory; `list` is space
@@ -15,7 +15,7 @@ pub(super) const LIST_ENTRIES: usize = PAGE_SIZE / 8;
 /// The walk is bounded whatever the lists say: each entry that is used stands for a page of
 /// the data, but for the last one of a full page, and only the first page can have room for
 /// less than 512.
-pub(super) fn walk(
+pub(crate) fn walk(
     prps: (u64, u64),
     len: usize,
     list: &mut [u64; LIST_ENTRIES],

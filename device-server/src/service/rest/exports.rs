@@ -92,7 +92,7 @@ fn find(state: &State, name: &str) -> Result<std::sync::Arc<Export>, Problem> {
             "This cannot be the name of an export",
             format!("{name:?}: {error}"),
         )
-        .with_remedy("names have 1 to 64 of A-Z a-z 0-9 . _ -")
+        .with_remedy("names have 1 to 64 of A-Z a-z 0-9 . _ -, those of slices a / as well")
     })?;
     state.exports.find(&wanted).ok_or_else(|| {
         let names = state.exports.names().join(", ");

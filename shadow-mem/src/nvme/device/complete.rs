@@ -133,6 +133,7 @@ impl DeviceHalf {
                 let made = SubmissionQueue {
                     size,
                     tail: 0,
+                    released: 0,
                     outstanding: 0,
                     completion_queue: (sqe.dword(11) >> 16) as u16,
                     dirty: false,
@@ -157,6 +158,7 @@ impl DeviceHalf {
                     };
                     self.append(&entry, 0, 0, session)?;
                 }
+                self.rate.forget_queue(id);
                 self.submission.remove(id);
             }
             admin::DELETE_CQ => {

@@ -360,6 +360,7 @@ impl DeviceHalf {
         let sq = SubmissionQueue {
             size: ADMIN_QUEUE_ENTRIES,
             tail: 0,
+            released: 0,
             outstanding: 0,
             completion_queue: 0,
             dirty: false,

@@ -11,6 +11,7 @@ mod controller;
 mod host_memory;
 mod identity;
 mod probe;
+mod rate;
 mod segments;
 mod settings;
 mod submit;
@@ -19,10 +20,11 @@ mod tags;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use farbus_fabric::wire::{
-    CompleteBatch, Data, FaultCode, Header, Kind, Message, RequestId, Submit, Text, WireError,
+    CompleteBatch, Data, FaultCode, Header, Kind, Message, RateLimits, RequestId, Submit, Text,
+    WireError,
 };
 use farbus_fabric::{FabricError, RemoteSpan, Sink, Span};
 use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
@@ -36,6 +38,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use self::arena::Arena;
 use self::controller::Controller;
 pub use self::identity::Identity;
+use self::rate::Rate;
 use self::segments::Segments;
 pub use self::settings::Settings;
 use self::tags::Tags;
@@ -118,9 +121,11 @@ pub enum DeviceError {
 struct SubmissionQueue {
     size: u32,
     tail: u32,
+    /// The tail that the device may know of: what is beyond waits for the claim's limits.
+    released: u32,
     outstanding: u32,
     completion_queue: u16,
-    /// Entries were placed that the doorbell does not tell of yet.
+    /// Entries were released that the doorbell does not tell of yet.
     dirty: bool,
 }
 
@@ -136,6 +141,7 @@ pub struct DeviceHalf {
     host_memory: Option<DmaWindow>,
     limits: Limits,
     tags: Tags,
+    rate: Rate,
     submission: Slots<SubmissionQueue>,
     completion: Slots<CompletionCursor>,
     controller: Controller,
@@ -213,6 +219,7 @@ impl DeviceHalf {
             host_memory: None,
             limits,
             tags: Tags::new(limits.tags),
+            rate: Rate::unlimited(limits.tags),
             submission: Slots::new(MAX_QUEUE_PAIRS + 1),
             completion: Slots::new(MAX_QUEUE_PAIRS + 1),
             vectors,
@@ -238,6 +245,17 @@ impl DeviceHalf {
     /// What was set in the controller before its first tenant.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Holds the claim to limits from now on.
+    pub fn limit(&mut self, limits: RateLimits) {
+        self.rate.limit(limits, Instant::now());
+    }
+
+    /// When [`Self::pump`] is to be called at the latest, for commands that wait for the claim's
+    /// limits.
+    pub fn due(&self) -> Option<Instant> {
+        self.rate.due()
     }
 
     /// Commands that were given to the device so far.
@@ -295,6 +313,10 @@ impl DeviceHalf {
     /// network.
     pub fn pump(&mut self, session: &mut Session) -> Result<(), FabricError> {
         self.send_outbox(session)?;
+        if self.rate.holds() {
+            self.release();
+        }
+        self.function.service();
         self.send_completions(session)?;
         // The device may have turned out to be gone meanwhile.
         self.send_outbox(session)
@@ -366,6 +388,7 @@ impl DeviceHalf {
     /// The controller has stopped: nothing is at the device any more.
     fn forget_commands(&mut self) {
         self.tags.clear();
+        self.rate.forget_all();
         self.submission.clear();
         self.completion.clear();
         self.batch.clear();

@@ -96,8 +96,8 @@ impl DeviceHalf {
         };
         let arena = &self.arena;
         push(sq, |index| arena.store_sqe(0, index, &sqe.0));
-        sq.dirty = false;
         let tail = sq.tail;
+        sq.released = tail;
         self.controller.ring(0, false, tail)?;
         let until = Instant::now() + COMMAND_TIMEOUT;
         let cqe = loop {

@@ -1,5 +1,7 @@
 //! From the link to the device's submission queues.
 
+use std::time::Instant;
+
 use farbus_fabric::wire::{Direction, Placement, Submit, SubmitEntry};
 use farbus_fabric::{FabricError, Span};
 use farbus_vfio::Iova;
@@ -81,19 +83,33 @@ impl DeviceHalf {
             self.place(&entry)?;
             self.commands += 1;
         }
+        self.release();
+        Ok(())
+    }
+
+    /// Lets the device know of all commands that the claim's limits let through now.
+    pub(super) fn release(&mut self) {
+        if self.rate.holds() {
+            let now = Instant::now();
+            while let Some(queue) = self.rate.next(now) {
+                if let Some(sq) = self.submission.get_mut(queue) {
+                    sq.released = (sq.released + 1) % sq.size;
+                    sq.dirty = true;
+                }
+            }
+        }
         for id in 0..self.submission.end() {
             let Some(sq) = self.submission.get_mut(id) else {
                 continue;
             };
             if std::mem::take(&mut sq.dirty) {
-                if let Err(error) = self.controller.ring(id, false, sq.tail) {
+                if let Err(error) = self.controller.ring(id, false, sq.released) {
                     let update = self.controller.failed(&error);
                     self.report(update);
                     break;
                 }
             }
         }
-        Ok(())
     }
 
     fn place(&mut self, entry: &SubmitEntry<'_>) -> Result<(), FabricError> {
@@ -154,6 +170,12 @@ impl DeviceHalf {
         };
         let segments = self.segments.keep(placement, entry.segments.clone())?;
         push(sq, |index| arena.store_sqe(queue, index, &sqe.0));
+        if queue != 0 && self.rate.is_limited() {
+            self.rate.hold(queue, placement.data_len);
+        } else {
+            sq.released = sq.tail;
+            sq.dirty = true;
+        }
         self.tags.insert(
             tag,
             Command {
@@ -216,5 +238,4 @@ pub(super) fn push(sq: &mut SubmissionQueue, store: impl FnOnce(u32)) {
     store(sq.tail);
     sq.tail = (sq.tail + 1) % sq.size;
     sq.outstanding += 1;
-    sq.dirty = true;
 }
