@@ -3,13 +3,22 @@
 //! The programs run as an operator starts them, and the output is what a person would look at: the
 //! guest's own view of the drive, files written and verified, and how fast it was.
 
-use crate::attached::AttachedDrive;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use crate::attached;
 use crate::builder::MachineBuilder;
+use crate::daemon::program;
 use crate::deadline::Deadline;
 use crate::error::Result;
 use crate::guest::Guest;
 use crate::measure::{Workload, measure};
+use crate::process::run_tool;
 use crate::scratch::Scratch;
+use crate::service::Service;
 use crate::tools::Tools;
 use crate::tools::initramfs::Userland;
 use crate::verify;
@@ -43,34 +52,67 @@ const WORKLOADS: [Workload<'static>; 4] = [
     },
 ];
 
-/// Shows a remote drive, or, for comparison, the one that QEMU emulates.
+/// Shows a remote drive that is plugged into a running guest and unplugged, or, for comparison, the one
+/// that QEMU emulates.
 ///
 /// # Errors
 /// When anything fails on the way.
 pub fn run(emulated: bool) -> Result<()> {
     let tools = Tools::open()?;
     let scratch = Scratch::new("demo")?;
-    let machine = MachineBuilder::new("demo").userland(Userland::Large);
-    if emulated {
-        let disk = scratch.disk("disk.img", 1 << 30)?;
-        return show(&machine.emulated_nvme("disk0", &disk), &tools);
+    let builder = MachineBuilder::new("demo").userland(Userland::Large);
+    if !emulated {
+        return show_remote(builder, &tools, &scratch);
     }
-    let drive = AttachedDrive::start(&scratch, "size=1GiB")?;
-    println!("device server: {}", drive.server.ready());
-    println!("compute agent: {}", drive.agent.ready());
-    show(&machine.vfio_user("disk0", &drive.socket), &tools)?;
-    drive.end()
+    let disk = scratch.disk("disk.img", 1 << 30)?;
+    let machine = builder.emulated_nvme("disk0", &disk).start(&tools)?;
+    let guest = machine.wait_guest(Deadline::secs(60))?;
+    show(&guest)?;
+    machine.quit()
 }
 
-fn show(builder: &MachineBuilder, tools: &Tools) -> Result<()> {
-    let machine = builder.start(tools)?;
+fn show_remote(builder: MachineBuilder, tools: &Tools, scratch: &Scratch) -> Result<()> {
+    let disk = scratch.join("disk.img");
+    let server = attached::serve(&format!("path={},size=1GiB", disk.display()))?;
+    println!("device server: {}", server.ready());
+    let rack = format!("rack1={}", attached::address(&server));
+    let mut service = Service::start(scratch, &[rack], &[])?;
+    println!("compute agent: {}", service.daemon()?.ready());
+    let socket = service.daemon()?.ready_value("socket").unwrap_or_default();
+    let agent = Path::new(socket).to_owned();
+    let qmp = scratch.join("qmp.sock").display().to_string();
+    let machine = builder
+        .monitor(Path::new(&qmp))
+        .root_port("rp1", &Value::Null)
+        .start(tools)?;
     let guest = machine.wait_guest(Deadline::secs(60))?;
-    print(&guest, "uname -r")?;
-    print(&guest, "lspci -nn | grep -i memory")?;
-    print(&guest, "nvme list")?;
+
+    farbus(&agent, &["devices"])?;
+    let begun = Instant::now();
+    farbus(
+        &agent,
+        &["attach", "demo", "--device", "rack1/disk0", "--qmp", &qmp],
+    )?;
+    guest.wait_file(DRIVE, Deadline::secs(30))?;
+    let took = begun.elapsed().as_secs_f32();
+    println!("\n# the running guest has its drive {took:.1} s after the command was begun");
+    show(&guest)?;
+    farbus(&agent, &["list", "demo"])?;
+    farbus(&agent, &["detach", "demo"])?;
+    print(&guest, "ls /dev/nvme* 2>/dev/null || echo no drive")?;
+
+    machine.quit()?;
+    service.terminate()?;
+    server.terminate()
+}
+
+fn show(guest: &Guest) -> Result<()> {
+    print(guest, "uname -r")?;
+    print(guest, "lspci -nn | grep -i memory")?;
+    print(guest, "nvme list")?;
     println!("\n# how fast it is, as the guest sees it (emulated CPU: compare, do not quote)");
     for workload in WORKLOADS {
-        let measured = measure(&guest, DRIVE, &workload)?;
+        let measured = measure(guest, DRIVE, &workload)?;
         let Workload {
             pattern,
             block,
@@ -79,14 +121,22 @@ fn show(builder: &MachineBuilder, tools: &Tools) -> Result<()> {
         } = workload;
         println!("{pattern:>9} {block:>5} x{depth:<3} {measured}");
     }
-    let files = verify::filesystem(&guest, DRIVE)?;
+    let files = verify::filesystem(guest, DRIVE)?;
     let count = files.manifest.lines().count();
     println!("\n# {count} files written, read back after a remount, and verified (SHA-256):");
     print(
-        &guest,
+        guest,
         &format!("mount -o ro {DRIVE} /mnt; df -h /mnt; sha256sum /mnt/large; umount /mnt"),
-    )?;
-    machine.quit()
+    )
+}
+
+/// Runs `farbus` as an operator does, and shows both sides of it.
+fn farbus(agent: &Path, arguments: &[&str]) -> Result<()> {
+    println!("\nhost# farbus {}", arguments.join(" "));
+    let mut command = Command::new(program("farbus")?);
+    let said = run_tool(command.args(arguments).env("FARBUS_AGENT", agent))?;
+    print!("{}", String::from_utf8_lossy(&said));
+    Ok(())
 }
 
 fn print(guest: &Guest, command: &str) -> Result<()> {

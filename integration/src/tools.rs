@@ -5,6 +5,7 @@
 
 pub mod clients;
 pub mod cpio;
+pub mod debian;
 pub mod firmware;
 pub mod image;
 pub mod initramfs;

@@ -1,7 +1,9 @@
-//! Asks a daemon's REST interface on its UNIX socket.
+//! Asks a daemon's REST interface on its UNIX socket, or over TCP with [`tls`].
 //!
 //! One connection for each request: these are few, and a daemon that has been restarted between two
 //! is no case of its own.
+
+pub mod tls;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,8 +14,10 @@ use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
+use self::tls::Tls;
 use crate::problem::Problem;
 
 /// More than any answer of a daemon has.
@@ -96,7 +100,9 @@ pub struct Answer {
 /// A daemon's interface.
 #[derive(Clone, Debug)]
 pub struct Client {
+    /// The socket, or the address.
     path: PathBuf,
+    tls: Option<Tls>,
     timeout: Duration,
 }
 
@@ -107,6 +113,17 @@ impl Client {
     pub fn new(path: &Path, timeout: Duration) -> Self {
         Self {
             path: path.to_owned(),
+            tls: None,
+            timeout,
+        }
+    }
+
+    /// The same over TCP.
+    #[must_use]
+    pub fn over_tls(tls: Tls, timeout: Duration) -> Self {
+        Self {
+            path: tls.url().into(),
+            tls: Some(tls),
             timeout,
         }
     }
@@ -237,13 +254,13 @@ impl Client {
         body: Bytes,
     ) -> Result<Response<Incoming>, ClientError> {
         let shown = format!("{method} {path}");
-        let stream =
-            UnixStream::connect(&self.path)
-                .await
-                .map_err(|source| ClientError::Connect {
-                    path: self.path.clone(),
-                    source,
-                })?;
+        let stream = self
+            .connect()
+            .await
+            .map_err(|source| ClientError::Connect {
+                path: self.path.clone(),
+                source,
+            })?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(&shown, error))?;
@@ -262,6 +279,13 @@ impl Client {
             .send_request(request)
             .await
             .map_err(|error| self.broken(&shown, error))
+    }
+
+    async fn connect(&self) -> std::io::Result<Box<dyn Stream>> {
+        Ok(match &self.tls {
+            None => Box::new(UnixStream::connect(&self.path).await?),
+            Some(tls) => Box::new(tls.connect().await?),
+        })
     }
 
     fn broken(
@@ -315,6 +339,11 @@ impl Client {
         })
     }
 }
+
+/// What requests go over.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 /// The `wait=SECONDS` of a request.
 fn asked_to_wait(path: &str) -> Duration {

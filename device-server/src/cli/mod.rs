@@ -8,9 +8,10 @@ mod specs;
 mod table;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use farbus_rest::logging::LogFormat;
 use farbus_vfio::sysfs::Host;
 use log::{LevelFilter, error};
@@ -57,6 +58,12 @@ enum Command {
     /// Looks for what keeps this host from exporting PCI functions, and says what helps.
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", doctor::NOTES))]
     Doctor(DoctorArgs),
+    /// Writes the manual pages of its package.
+    #[command(hide = true)]
+    Man {
+        /// Where to; the directory exists.
+        directory: PathBuf,
+    },
 }
 
 /// A failure with the exit code that tells of it.
@@ -100,6 +107,10 @@ impl Cli {
             Command::Serve(args) => serve::run(args, host, out),
             Command::List(args) => list::run(args, host, out),
             Command::Doctor(args) => doctor::run(args, host, out),
+            Command::Man { directory } => {
+                clap_mangen::generate_to(Self::command(), directory).map_err(failure(1))?;
+                Ok(0)
+            }
         }
     }
 }
