@@ -73,13 +73,13 @@ pub fn bench_both(address: &str, loads: [(&str, &[&str]); 2]) -> Result<[Value; 
 }
 
 /// Puts the same load on two exports at the same time; the commands a second of each, once they are
-/// within 20 % of each other, or after four rounds. What else a host does falls on one of them or
+/// within 20 % of each other, or after eight rounds. What else a host does falls on one of them or
 /// the other, but not on the same one for ever: so all rounds count together.
 ///
 /// # Errors
 /// As [`bench`].
 pub fn share_out(address: &str, exports: [&str; 2], load: &[&str]) -> Result<[f64; 2]> {
-    const ROUNDS: u32 = 4;
+    const ROUNDS: u32 = 8;
     let (mut a, mut b) = (0.0, 0.0);
     let mut round = 0;
     loop {
