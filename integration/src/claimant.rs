@@ -71,3 +71,36 @@ pub fn bench_both(address: &str, loads: [(&str, &[&str]); 2]) -> Result<[Value; 
         Ok([one?, other?])
     })
 }
+
+/// Puts the same load on two exports at the same time; the commands a second of each, once they are
+/// within 20 % of each other, or after eight rounds. What else a host does falls on one of them or
+/// the other, but not on the same one for ever: so all rounds count together.
+///
+/// # Errors
+/// As [`bench`].
+pub fn share_out(address: &str, exports: [&str; 2], load: &[&str]) -> Result<[f64; 2]> {
+    const ROUNDS: u32 = 8;
+    let (mut a, mut b) = (0.0, 0.0);
+    let mut round = 0;
+    loop {
+        round += 1;
+        let loads = [(exports[0], load), (exports[1], load)];
+        let [of_a, of_b] = bench_both(address, loads)?;
+        (a, b) = (a + iops(&of_a), b + iops(&of_b));
+        if is_even(a, b) || round == ROUNDS {
+            let rounds = f64::from(round);
+            println!(
+                "{load:?}: {:.0} and {:.0} IOPS in {round} rounds",
+                a / rounds,
+                b / rounds
+            );
+            return Ok([a / rounds, b / rounds]);
+        }
+    }
+}
+
+/// Whether two are within 20 % of each other.
+#[must_use]
+pub fn is_even(a: f64, b: f64) -> bool {
+    a.min(b) >= 0.8 * a.max(b)
+}
