@@ -21,6 +21,7 @@ use farbus_vfio::Function;
 use log::{LevelFilter, debug, error, info};
 
 use crate::api::Msix;
+use crate::custody::attend::attend;
 use crate::custody::worker::{CONTROLLER, key};
 use crate::custody::{Client, Custody};
 use crate::daemon;
@@ -376,6 +377,7 @@ fn attach_vhost_user(
     enter_sandbox(args, custody).map_err(|error| Failure(1, error))?;
     let options = args.vhost_user.options();
     let failed = |error| Failure(1, error);
+    attend(custody, remote.clone()).map_err(|error| failed(error.into()))?;
     let mut worker =
         vhost_user::worker::Worker::new(remote, source, options, args.poll).map_err(failed)?;
     worker

@@ -27,12 +27,26 @@ pub struct KeptWorker {
 }
 
 impl KeptWorker {
-    /// Attaches the export at `address` on `socket`, with further options of `attach`. What is kept
-    /// is at a socket in `directory`.
+    /// As [`Self::start_kind`], with a vfio-user endpoint.
     ///
     /// # Errors
     /// When the worker does not become ready.
     pub fn start(directory: &Path, address: &str, socket: &Path, options: &[&str]) -> Result<Self> {
+        Self::start_kind("--vfio-user", directory, address, socket, options)
+    }
+
+    /// Attaches the export at `address` on `socket` with this kind of endpoint, and further options of
+    /// `attach`. What is kept is at a socket in `directory`.
+    ///
+    /// # Errors
+    /// When the worker does not become ready.
+    pub fn start_kind(
+        kind: &str,
+        directory: &Path,
+        address: &str,
+        socket: &Path,
+        options: &[&str],
+    ) -> Result<Self> {
         let path = directory.join("custody.sock");
         let text = |path: &Path| path.display().to_string();
         let (socket, custody) = (text(socket), text(&path));
@@ -44,7 +58,7 @@ impl KeptWorker {
             address,
             "--export",
             EXPORT,
-            "--vfio-user",
+            kind,
             &socket,
             "--custody",
             &custody,

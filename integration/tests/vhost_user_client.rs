@@ -9,7 +9,9 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use farbus_compute_agent::custody::Event;
 use farbus_integration::attached::{self, AttachedDrive};
+use farbus_integration::custody::{ID, KeptWorker};
 use farbus_integration::daemon::{Daemon, program};
 use farbus_integration::deadline::Deadline;
 use farbus_integration::process::{Process, run_tool};
@@ -66,6 +68,33 @@ fn blocks_are_written_zeroed_trimmed_and_read_by_libblkio() -> TestResult {
     assert!(backing[8192..16384].iter().all(|byte| *byte == 0));
     drive.end()?;
     Ok(())
+}
+
+#[test]
+fn worker_of_the_daemon_serves_in_its_sandbox_and_ends_when_it_is_told() -> TestResult {
+    let clients = BlockClients::obtain()?;
+    let scratch = Scratch::new("vhost-kept")?;
+    let socket = scratch.join("disk0.sock");
+    let server = attached::serve("backing=memory,size=64MiB")?;
+    let address = attached::address(&server);
+    let kind = "--vhost-user-blk";
+    let mut kept = KeptWorker::start_kind(kind, scratch.path(), &address, &socket, &[])?;
+    qemu_io(
+        &clients,
+        &socket,
+        &words(&["write -P 0x5a 8k 64k", "flush"]),
+    )?;
+    kept.restart_keeper()?;
+    kept.event("the worker's return", |event| {
+        matches!(event, Event::Ready { .. })
+    })?;
+    qemu_io(&clients, &socket, &words(&["read -P 0x5a 8k 64k"]))?;
+    assert!(kept.keeper()?.stop(ID));
+    kept.event("the worker's end", |event| {
+        matches!(event, Event::Bye { .. })
+    })?;
+    kept.end()?;
+    server.terminate().map_err(Into::into)
 }
 
 #[test]

@@ -12,6 +12,10 @@
 
 #![forbid(unsafe_code)]
 
+// What unit tests share with the tests of the crate as a whole names it.
+#[cfg(test)]
+extern crate self as farbus_shadow_mem;
+
 pub mod guest;
 pub mod nvme;
 pub mod polling;

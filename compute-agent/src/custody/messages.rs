@@ -240,6 +240,21 @@ impl Datagram for FromKeeper {
     }
 }
 
+/// Decodes `bytes` as both sides would, the first byte being the number of descriptors; what is
+/// understood must be understood again. It must come to its end whatever the bytes are.
+pub fn fuzz(bytes: &[u8]) {
+    let Some((fds, bytes)) = bytes.split_first() else {
+        return;
+    };
+    if let Ok(message) = FromWorker::decode(bytes, (*fds).into()) {
+        let again = FromWorker::decode(&message.encode(), (*fds).into());
+        assert!(again.is_ok_and(|again| again == message));
+    }
+    if let Ok(message) = FromKeeper::decode(bytes, (*fds).into()) {
+        assert!(message.encode().len() > 2);
+    }
+}
+
 /// Cuts a reason to what a datagram has room for.
 pub fn shorten(reason: &mut String) {
     let mut len = reason.len().min(MAX_REASON);

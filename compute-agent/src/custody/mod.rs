@@ -9,12 +9,13 @@
 //! |---|---|
 //! | [`messages`] | the datagrams between the two, and their bounds |
 //! | [`keeper`] | the daemon's side |
-//! | [`worker`] | the worker's side |
+//! | [`worker`], [`attend`] | the worker's side |
 //! | [`statistics`] | what a worker has counted, read by the daemon at any time |
 //!
 //! Nothing of this is on the way of an I/O: the worker's state changes in memory that the
 //! keeper holds anyway, and descriptors are handed over when a VMM sets its device up.
 
+pub mod attend;
 pub mod keeper;
 pub mod messages;
 pub mod socket;

@@ -159,6 +159,9 @@ pub(super) fn restrict() -> Result<(), SandboxError> {
     rules.insert(libc::SYS_clone3, Vec::new());
     let name = only(0, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)?;
     rules.insert(libc::SYS_prctl, vec![name]);
+    // The keeper's request to end becomes a signal to this process.
+    let itself = only(0, SeccompCmpOp::Eq, std::process::id().into())?;
+    rules.insert(libc::SYS_kill, vec![itself]);
     // To ask, for this process; what was given up cannot be raised again in any case.
     let own = only(0, SeccompCmpOp::Eq, 0)?;
     rules.insert(libc::SYS_prlimit64, vec![own]);

@@ -25,6 +25,7 @@ fn main() -> std::io::Result<()> {
         ("config_space", config()),
         ("vhost_user_request", chains()),
         ("cloud_hypervisor_answer", answers()),
+        ("custody_message", custody()),
     ] {
         let folder = root.join(target);
         fs::create_dir_all(&folder)?;
@@ -33,6 +34,29 @@ fn main() -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What a worker says to the daemon, behind the number of its descriptors.
+fn custody() -> Vec<Seed> {
+    let said = |fds: u8, text: &str| [&[fds][..], text.as_bytes()].concat();
+    vec![
+        (
+            "hello",
+            said(
+                0,
+                r#"{"say":"hello","version":1,"id":"disk0","pid":7,"live":true}"#,
+            ),
+        ),
+        (
+            "keep",
+            said(2, r#"{"say":"keep","keys":["memory-0","msix-3"]}"#),
+        ),
+        (
+            "state",
+            said(0, r#"{"say":"state","link":"down","reason":"cut"}"#),
+        ),
+        ("held", said(1, r#"{"say":"held","keys":["controller"]}"#)),
+    ]
 }
 
 /// What cloud-hypervisor says of a VM, and of a request that it has done.

@@ -14,6 +14,8 @@
 //! before a SIGKILL is there: release stores keep the compiler from changing their order.
 
 mod control;
+#[cfg(test)]
+pub(crate) mod kill;
 mod statistics;
 
 pub(crate) use control::{ControlReader, ControlWriter};
@@ -204,6 +206,8 @@ impl Record {
     }
 
     fn store(&self, at: usize, value: u64) {
+        #[cfg(test)]
+        kill::step();
         if let Ok(word) = self.memory.get_atomic_ref::<AtomicU64>(at) {
             word.store(value, Ordering::Release);
         }
@@ -222,6 +226,8 @@ impl Record {
     }
 
     fn store_bytes(&self, at: usize, bytes: &[u8]) {
+        #[cfg(test)]
+        kill::step();
         if let Ok(slice) = self.memory.get_slice(at, bytes.len()) {
             slice.copy_from(bytes);
         }

@@ -135,6 +135,10 @@ impl ComputeHalf {
         self.shadow.release(std::mem::take(&mut command.shadow));
         let (queue, completion_queue) = (command.queue, command.completion_queue);
         command.state = State::Held { status, result };
+        // What follows from an admin command is recorded before its outcome is.
+        if queue == 0 {
+            self.commit();
+        }
         if let Some(record) = &mut self.record {
             record.held(tag, status, result);
         }
@@ -160,10 +164,6 @@ impl ComputeHalf {
 
     /// Posts held completions while there is room.
     pub(super) fn post_held(&mut self, id: u16) {
-        // What the guest is told of has to be there after a kill.
-        if id == 0 {
-            self.commit();
-        }
         while let Some(cq) = self.queues.cq(id) {
             if cq.held.is_empty() || cq.ring.is_full() && !self.finds_room(id) {
                 return;

@@ -89,8 +89,13 @@ impl CompletionQueue {
         };
         let slot = memory.slice(iova, CQE_SIZE, true)?;
         let [low, high] = entry.to_qwords();
+        #[cfg(test)]
+        super::super::record::kill::step();
         slot.store(low.to_le(), 0, Ordering::Relaxed)
-            .and_then(|()| slot.store(high.to_le(), 8, Ordering::Release))
+            .map_err(|_| refused)?;
+        #[cfg(test)]
+        super::super::record::kill::step();
+        slot.store(high.to_le(), 8, Ordering::Release)
             .map_err(|_| refused)?;
         self.ring.advance();
         self.posted += 1;

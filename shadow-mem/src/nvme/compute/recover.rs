@@ -342,3 +342,6 @@ fn queue_size(from: &mut ControlReader<'_>) -> Result<u32, RecordError> {
     }
     Ok(size)
 }
+
+#[cfg(test)]
+mod tests;

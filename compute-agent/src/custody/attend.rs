@@ -1,0 +1,71 @@
+//! A worker's side of custody where the event loop does not see to it: a thread that hears the keeper,
+//! looks for a new one, and says how the link is.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use farbus_shadow_mem::remote::RemoteFunction;
+use log::warn;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Signal, getpid, kill_process};
+
+use super::messages::Link;
+use super::worker::{Asked, Custody};
+
+/// How often it looks without being told.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Starts the thread, if there is a keeper. An end that the keeper asks for is a SIGTERM to this
+/// process.
+pub fn attend(custody: &Custody, remote: Arc<RemoteFunction>) -> io::Result<()> {
+    if !custody.is_some() {
+        return Ok(());
+    }
+    let custody = custody.clone();
+    thread::Builder::new()
+        .name("custody".into())
+        .spawn(move || run(&custody, &remote))?;
+    Ok(())
+}
+
+fn run(custody: &Custody, remote: &RemoteFunction) {
+    let mut was_linked = None;
+    loop {
+        // Only this thread waits, and with a descriptor of its own: the lock is not held meanwhile.
+        let watched = custody.client().and_then(|client| {
+            let fd = client.descriptor()?;
+            fd.try_clone_to_owned().ok()
+        });
+        wait(watched.as_ref());
+        let Some(mut client) = custody.client() else {
+            return;
+        };
+        if client.listen() == Asked::Stop {
+            if let Err(error) = kill_process(getpid(), Signal::TERM) {
+                warn!("the end that the daemon asks for does not come: {error}");
+            }
+        }
+        client.look_for_keeper();
+        let linked = remote.is_linked();
+        if was_linked.replace(linked) != Some(linked) {
+            let link = if linked { Link::Up } else { Link::Down };
+            client.link(link, None);
+        }
+    }
+}
+
+fn wait(watched: Option<&OwnedFd>) {
+    let tick = Timespec {
+        tv_sec: TICK.as_secs() as i64,
+        tv_nsec: 0,
+    };
+    let mut fds: Vec<_> = watched
+        .into_iter()
+        .map(|fd| PollFd::new(fd, PollFlags::IN))
+        .collect();
+    // An interrupted wait only looks a little earlier.
+    let _ = poll(&mut fds, Some(&tick));
+}
