@@ -2,7 +2,7 @@
 //!
 //! It takes the calls that plug and unplug devices, holds each to what cloud-hypervisor's published
 //! OpenAPI document (`vmm/src/api/openapi`, API 0.3.0) says of its body, and keeps the book that
-//! `vm.info` shows. Our own transcription of that is [`CALLS`]: fields and their types, no more. What
+//! `vm.info` shows. Our own transcription of that is `CALLS`: fields and their types, no more. What
 //! the document does not say, and the VMM does (version 53): a device that is removed leaves the
 //! configuration at once, and the device tree only when the guest lets go.
 

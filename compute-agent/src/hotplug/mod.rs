@@ -97,7 +97,12 @@ pub fn plug(vm: &Vm, device: &PlugDevice) -> Result<Plugged, HotplugError> {
 
 /// Takes the device of the attachment `id` out of a running VM: asks the guest, and waits until it
 /// has let go. With `force`, a guest that does not within `deadline` is not an error, nor is one that
-/// refuses; what it keeps is then lost with its socket.
+/// refuses.
+///
+/// A guest's driver talks to the device when it leaves it. If nobody can answer for the device, end its
+/// endpoint in order before this: the device then reads as one that was pulled out, and the driver
+/// leaves at once. An endpoint must not end while the guest keeps the device for other reasons: QEMU
+/// aborts when a guest reboots with a vfio-user device that has no server.
 pub fn unplug(
     vm: &Vm,
     id: &str,

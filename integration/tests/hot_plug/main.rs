@@ -5,6 +5,7 @@
 mod bed;
 mod guests;
 mod interrupts;
+mod losses;
 mod refusals;
 mod service;
 
