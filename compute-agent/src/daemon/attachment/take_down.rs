@@ -63,21 +63,22 @@ impl Owner {
                 }
                 Err(error) => error,
             };
-            // What the guest waits for before it lets go may never come.
-            let hopeless =
-                self.link_down.borrow().is_some() && begun.elapsed() >= PATIENCE_WITH_THE_DEAD;
-            if hopeless {
-                warn!(
-                    "attachment {}: {error}; it waits for a device server that is away",
-                    self.record.id
-                );
+            // What the guest waits for before it lets go may never come. Without its worker the device
+            // reads as one that was pulled out, and the driver leaves at once.
+            let waited = begun.elapsed();
+            let dead = self.link_down.borrow().is_some() && waited >= PATIENCE_WITH_THE_DEAD;
+            if dead && self.worker.is_some() {
+                let id = &self.record.id;
+                warn!("attachment {id}: {error}; its device server is away, so its worker ends");
+                self.end_worker().await;
+                continue;
             }
-            if hopeless || *self.wish.borrow() == (Wish::Detach { force: true }) {
+            let late = waited >= PATIENCE || !matches!(error, HotplugError::GuestKeeps { .. });
+            let wished = *self.wish.borrow() == (Wish::Detach { force: true });
+            if wished || late && self.worker.is_none() {
                 force = true;
                 self.enter(Phase::Detaching { force }).await;
-            } else if !matches!(error, HotplugError::GuestKeeps { .. })
-                || begun.elapsed() >= PATIENCE
-            {
+            } else if late {
                 return Err(error);
             }
         }
