@@ -128,7 +128,7 @@ pub(crate) struct Tenant {
 
 impl Tenant {
     pub(crate) fn start(service: &Service, export: &str) -> Self {
-        let socket = service.scratch.join(&format!("{export}.sock"));
+        let socket = service.scratch.join(format!("{export}.sock"));
         let agent = attached::attach_export(&service.address(), export, &socket).unwrap();
         let (stop, rounds) = (
             Arc::new(AtomicBool::new(false)),
