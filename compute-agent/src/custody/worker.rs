@@ -31,6 +31,10 @@ pub const PIPE_OUT: &str = "pipe-out";
 
 /// How long a keeper may take to answer, or to take what is said.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a worker waits that was refused, at first and at most: a new daemon may not yet know of
+/// its attachment.
+const MIN_PAUSE: Duration = Duration::from_secs(1);
+const MAX_PAUSE: Duration = Duration::from_secs(30);
 
 /// Why a worker cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +74,9 @@ pub struct Client {
     link: Option<(Link, Option<String>)>,
     /// Keepers so far.
     keepers: u64,
+    /// When one may be asked again that has refused this worker, and how long that pause is.
+    not_before: Option<Instant>,
+    pause: Duration,
 }
 
 /// What the keeper wants.
@@ -92,6 +99,8 @@ impl Client {
             ready: false,
             link: None,
             keepers: 1,
+            not_before: None,
+            pause: MIN_PAUSE,
         };
         let socket = client.greet(false)?;
         let mut left = match answer(&socket)? {
@@ -219,6 +228,8 @@ impl Client {
                 Ok(Some((FromKeeper::Stop, _))) => return Asked::Stop,
                 Ok(Some((FromKeeper::Refused { reason }, _))) => {
                     warn!("the daemon does not take this worker back: {reason}");
+                    self.not_before = Some(Instant::now() + self.pause);
+                    self.pause = (self.pause * 2).min(MAX_PAUSE);
                 }
                 Ok(Some(_)) => {}
                 Err(error) => self.keeper_lost(&error),
@@ -234,7 +245,8 @@ impl Client {
     /// To be called now and then: looks for a new keeper if the last one has gone, and hands everything
     /// over to it. Whether there is a new one.
     pub fn look_for_keeper(&mut self) -> bool {
-        if self.socket.is_some() {
+        let waits = self.not_before.is_some_and(|then| Instant::now() < then);
+        if self.socket.is_some() || waits {
             return false;
         }
         let Ok(socket) = self.greet(true) else {
