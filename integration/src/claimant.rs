@@ -49,7 +49,7 @@ pub fn bench(address: &str, export: &str, options: &[&str]) -> Result<Value> {
     })
 }
 
-/// Commands a second, of what [`bench`] says.
+/// Commands a second, of what [`bench()`] says.
 #[must_use]
 pub fn iops(total: &Value) -> f64 {
     let number = |key: &str| total[key].as_f64().unwrap_or(f64::NAN);
@@ -59,7 +59,7 @@ pub fn iops(total: &Value) -> f64 {
 /// Puts load on two exports at the same time.
 ///
 /// # Errors
-/// As [`bench`].
+/// As [`bench()`].
 pub fn bench_both(address: &str, loads: [(&str, &[&str]); 2]) -> Result<[Value; 2]> {
     let [first, second] = loads;
     std::thread::scope(|scope| {
@@ -77,7 +77,7 @@ pub fn bench_both(address: &str, loads: [(&str, &[&str]); 2]) -> Result<[Value; 
 /// the other, but not on the same one for ever: so all rounds count together.
 ///
 /// # Errors
-/// As [`bench`].
+/// As [`bench()`].
 pub fn share_out(address: &str, exports: [&str; 2], load: &[&str]) -> Result<[f64; 2]> {
     const ROUNDS: u32 = 8;
     let (mut a, mut b) = (0.0, 0.0);

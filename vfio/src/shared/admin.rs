@@ -2,9 +2,9 @@
 //! the state of the drive's health reach the drive, and none of a claimant's bytes do.
 
 use super::check::NSID;
+use super::controller::Controller;
 use super::drive::{SMART_LEN, SharedDrive};
 use super::identify::{self, LIMIT};
-use super::portion::Controller;
 use super::queues::{Cq, Pair, Shape, Sq};
 use crate::function::InterruptKind;
 use crate::nvme::{PAGE_SIZE, Status, SubmissionEntry, admin, cc, cns, feature, log_page};

@@ -5,8 +5,8 @@
 //! the portion may have no more at the drive ([`super::share`]) or its completion has no room.
 
 use super::check::{Data, check, check_range};
+use super::controller::Controller;
 use super::drive::{SharedDrive, Slice};
-use super::portion::Controller;
 use super::queues::{Command, Own};
 use super::share::Allowance;
 use super::windows::Windows;

@@ -7,7 +7,7 @@
 //!
 //! - `slices` says which blocks a portion has; `drive` is what portions share, `share` how they
 //!   share it when all of them want it, `notices` what the host says to all.
-//! - `portion` has the virtual controller's registers; `admin` answers its admin commands, `identify`
+//! - `portion` is the function; `controller` has the virtual controller's registers; `admin` answers its admin commands, `identify`
 //!   has the pages for that. None of them reaches the drive, but for the creation of queues.
 //! - `io` is the way of an I/O command: copied once out of the virtual queue, checked and
 //!   rewritten by `check`, and put into a queue of the drive that is this portion's alone. `queues`
@@ -24,6 +24,7 @@
 
 mod admin;
 mod check;
+mod controller;
 mod drive;
 mod identify;
 mod io;
