@@ -25,5 +25,5 @@ pub mod guest;
 pub mod input;
 pub mod link;
 pub mod nvme;
-pub mod shared;
 pub mod ring;
+pub mod shared;
