@@ -182,9 +182,11 @@ impl Ends {
 
     async fn next(&mut self) -> End {
         tokio::select! {
+            // Who sends both wants the workers ended.
+            biased;
+            _ = self.usr1.recv() => End::WithWorkers,
             _ = self.term.recv() => End::Alone,
             _ = self.int.recv() => End::Alone,
-            _ = self.usr1.recv() => End::WithWorkers,
         }
     }
 }
