@@ -31,7 +31,8 @@ use serde::{Deserialize, Deserializer, de};
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct SliceConfig {
-    /// Its name: of what export names are made of, without a slash.
+    /// Its name: of what export names are made of, without a slash. On the command line it may be
+    /// left out; then it is the slice's number there, from 0 ([`numbered`]).
     #[serde(deserialize_with = "name")]
     pub name: String,
     /// Where it begins, in bytes; a whole number of blocks.
@@ -95,9 +96,6 @@ impl FromStr for SliceConfig {
                 }
             }
         }
-        if slice.name.is_empty() {
-            return Err(format!("`{text}` has no name; add name=NAME"));
-        }
         limits.check()?;
         Ok(slice)
     }
@@ -114,6 +112,17 @@ impl SliceConfig {
             overlap: self.overlap,
         }
     }
+}
+
+/// Names the slices that have no name by their places.
+#[must_use]
+pub fn numbered(mut slices: Vec<SliceConfig>) -> Vec<SliceConfig> {
+    for (number, slice) in slices.iter_mut().enumerate() {
+        if slice.name.is_empty() {
+            slice.name = number.to_string();
+        }
+    }
+    slices
 }
 
 fn checked_name(name: &str) -> Result<String, String> {
@@ -175,9 +184,16 @@ mod tests {
     }
 
     #[test]
+    fn slices_without_a_name_are_numbered_by_their_places() {
+        let slices = ["size=1MiB", "name=b,offset=1MiB,size=1MiB", "offset=2MiB,size=1MiB"];
+        let slices = numbered(slices.map(|slice| slice.parse().unwrap()).into());
+        let names: Vec<_> = slices.iter().map(|slice| slice.name.as_str()).collect();
+        assert_eq!(names, ["0", "b", "2"]);
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (text, part) in [
-            ("offset=0", "no name"),
             ("name=a/b", "slash"),
             ("name=a,size=0", "size=`0`"),
             ("name=a,size=x", "size=`x`"),

@@ -21,7 +21,7 @@ use super::specs::{Named, SoftNvmeSpec, SriovSpec, UserSocket, parse_name};
 use super::{Failure, failure};
 use crate::exports::Exports;
 use crate::manager::Manager;
-use crate::slices::{LimitSpec, SliceConfig};
+use crate::slices::{self, LimitSpec, SliceConfig};
 use crate::sources::{Order, OrderError, Source, Stock};
 
 pub(super) const EXAMPLES: &str = "\
@@ -64,8 +64,9 @@ pub(super) struct ExportArgs {
     #[arg(long, value_parser = parse_name)]
     name: Option<ExportName>,
     /// Divides the drive, so that each slice is claimed by itself, as EXPORT/NAME:
-    /// `name=NAME[,offset=SIZE][,size=SIZE][,namespace=N][,overlap=yes]` and the limits of --limit, which then
-    /// hold in place of those. For a single export. May be given several times.
+    /// `[name=NAME][,offset=SIZE][,size=SIZE][,namespace=N][,overlap=yes]` and the limits of --limit, which then
+    /// hold in place of those. Without a name it is EXPORT/0, the next one EXPORT/1, and so on. For a single
+    /// export. May be given several times.
     #[arg(long, value_name = "SPEC")]
     slice: Vec<SliceConfig>,
     /// Holds each claim to limits: `[iops=N][,iops-burst=N][,bytes-per-second=SIZE][,bytes-burst=SIZE]`. Commands
@@ -164,7 +165,7 @@ impl ExportArgs {
             .into_iter()
             .map(|(source, name)| {
                 Ok(Order::new(source, name)?
-                    .with_slices(self.slice.clone())?
+                    .with_slices(slices::numbered(self.slice.clone()))?
                     .with_limits(limits))
             })
             .collect();
