@@ -152,7 +152,7 @@ fn kinds_are_found_by_their_numbers() {
         assert_eq!(Kind::from_number(kind.number()), Some(*kind));
     }
     assert_eq!(Kind::from_number(0), None);
-    assert_eq!(Kind::ALL.len(), 32);
+    assert_eq!(Kind::ALL.len(), 33);
 }
 
 /// `docs/protocol.md`, RDMA.
