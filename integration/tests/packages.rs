@@ -116,11 +116,14 @@ fn files_are_in_their_places(tree: &DebianTree) -> TestResult {
             "{file} is no conffile:\n{conffiles}"
         );
     }
-    let accounts = tree.run("getent passwd farbus; getent group farbus")?;
-    assert!(
-        accounts.contains(":/nonexistent:/usr/sbin/nologin"),
-        "{accounts}"
-    );
+    for account in ["farbus", "farbus-worker"] {
+        let found = tree.run(&format!(
+            "getent passwd {account} && getent group {account}"
+        ))?;
+        assert!(found.contains(":/nonexistent:/usr/sbin/nologin"), "{found}");
+    }
+    let configuration = tree.run("grep ^worker-user /etc/farbus/agent.toml")?;
+    assert_eq!(configuration.trim(), "worker-user = \"farbus-worker\"");
     // What the description for management software names is there.
     let description = tree.run("cat /usr/share/qemu/vhost-user/50-farbus-vhost-user-blk.json")?;
     let description: serde_json::Value = serde_json::from_str(&description)?;

@@ -34,7 +34,7 @@ use std::thread::JoinHandle;
 use log::{debug, warn};
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
-use rustix::fs::{Mode, chmod, unlink};
+use rustix::fs::{Gid, Mode, chmod, chown, unlink};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketAddrUnix, SocketFlags, accept_with, bind, connect, listen};
@@ -43,6 +43,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::messages::{FromKeeper, FromWorker, Key, Link, MAX_FDS, VERSION};
 use super::socket::{Socket, SocketError, unconnected};
 use super::statistics::Statistics;
+use crate::sandbox::User;
 
 /// Most descriptors held for one attachment: MSI-X has 2048 vectors at most, and guest memory 256
 /// files.
@@ -227,9 +228,16 @@ impl Keeper {
         &self.path
     }
 
-    /// Processes of this user may be workers, too.
-    pub fn allow_user(&self, uid: u32) {
-        self.state().users.push(uid);
+    /// Processes of this user may be workers, too, and reach the socket as members of its group.
+    pub fn allow_user(&self, user: User) -> Result<(), KeeperError> {
+        let group = Some(Gid::from_raw(user.gid));
+        chown(&self.path, None, group).map_err(|error| KeeperError::Io {
+            what: "give to the group of worker-user",
+            path: self.path.display().to_string(),
+            source: error.into(),
+        })?;
+        self.state().users.push(user.uid);
+        Ok(())
     }
 
     /// From now on there is an attachment with this id; workers of others are refused.

@@ -89,6 +89,7 @@ impl ServeArgs {
                 ServeError::Listen(_)
                 | ServeError::Store(_)
                 | ServeError::Custody(_)
+                | ServeError::WorkerUser(_)
                 | ServeError::Directory { .. } => 4,
                 ServeError::Runtime(_) => 1,
             };

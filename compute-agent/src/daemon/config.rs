@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::sandbox::user::{self, User, WorkerUserError};
+
 /// Where the configuration is looked for when the command line names none.
 pub const DEFAULT_PATH: &str = "/etc/farbus/agent.toml";
 
@@ -63,6 +65,9 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
+    /// Workers cannot be who they are to be.
+    #[error(transparent)]
+    WorkerUser(#[from] WorkerUserError),
 }
 
 /// A device server that this agent may use.
@@ -129,6 +134,7 @@ struct AgentTable {
     socket: Option<PathBuf>,
     runtime_dir: Option<PathBuf>,
     state_dir: Option<PathBuf>,
+    worker_user: Option<String>,
     tls: Option<TlsTable>,
 }
 
@@ -163,6 +169,8 @@ pub struct Config {
     pub runtime_dir: PathBuf,
     /// Where the daemon remembers what it has.
     pub state_dir: PathBuf,
+    /// Whom workers become; without, they stay the daemon's user.
+    pub worker_user: Option<User>,
     /// REST on TCP, if wanted.
     pub tls: Option<TlsTable>,
     /// The device servers, each name once.
@@ -213,8 +221,11 @@ impl Config {
             socket,
             runtime_dir,
             state_dir,
+            worker_user,
             tls,
         } = file.agent;
+        let worker_user = worker_user.as_deref().map(user::resolve);
+        let worker_user = worker_user.transpose()?;
         let socket = path(
             overrides.socket,
             socket,
@@ -229,6 +240,7 @@ impl Config {
             socket,
             runtime_dir,
             state_dir,
+            worker_user,
             tls,
             device_servers,
         })
@@ -281,6 +293,7 @@ mod tests {
         let text = r#"
             [agent]
             socket = "/a/agent.sock"
+            worker-user = "12:34"
             [[device-server]]
             name = "rack1"
             address = "10.0.0.5:7420"
@@ -297,6 +310,7 @@ mod tests {
         let config = join(text, overrides).unwrap();
 
         assert_eq!(config.socket, Path::new("/b/agent.sock"));
+        assert_eq!(config.worker_user, Some(User { uid: 12, gid: 34 }));
         assert_eq!(config.device_server("rack1").unwrap().address, "host:1");
         assert_eq!(config.device_server("rack2").unwrap().address, "[::1]:7420");
     }
@@ -309,6 +323,7 @@ mod tests {
         let cases = [
             ("[agent]\ncolour = 1".to_owned(), "agent.toml"),
             ("[agent]\nsocket = \"agent.sock\"".to_owned(), "agent.sock"),
+            ("[agent]\nworker-user = \"7\"".to_owned(), "\"7\""),
             (server("a/b", "host:1"), "a/b"),
             (server("a", "host"), "HOST:PORT"),
             (server("a", "host:0"), "HOST:PORT"),

@@ -11,6 +11,7 @@ use super::id::AttachmentId;
 use crate::api;
 use crate::custody::messages::Link;
 use crate::custody::{Event, Keeper, KeeperError, Statistics};
+use crate::sandbox::User;
 
 /// The percentiles that are shown are of at least so much time.
 const WINDOW: Duration = Duration::from_secs(2);
@@ -43,15 +44,18 @@ pub struct Custody {
 }
 
 impl Custody {
-    /// Listens in the runtime directory.
+    /// Listens in the runtime directory, for workers of the daemon's user, and of this one.
     ///
     /// # Errors
     /// See [`KeeperError`].
-    pub fn bind(runtime_dir: &Path) -> Result<Self, KeeperError> {
+    pub fn bind(runtime_dir: &Path, user: Option<User>) -> Result<Self, KeeperError> {
         let entries = Entries::default();
         let told = entries.clone();
         let path: PathBuf = runtime_dir.join("custody.sock");
         let keeper = Keeper::bind(&path, move |event| hear(&told, event))?;
+        if let Some(user) = user {
+            keeper.allow_user(user)?;
+        }
         Ok(Self { keeper, entries })
     }
 

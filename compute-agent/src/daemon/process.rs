@@ -21,6 +21,7 @@ use tokio::process::{Child, ChildStdout, Command};
 use super::id::AttachmentId;
 use super::store::Chosen;
 use crate::api::{AttachmentSpec, EndpointSpec, Fabric, Limits, Msix};
+use crate::sandbox::User;
 
 /// Request queues of a virtio device, unless asked for otherwise.
 pub const NUM_QUEUES: u16 = 4;
@@ -43,6 +44,8 @@ pub struct Launcher {
     pub log_format: farbus_rest::logging::LogFormat,
     /// Where it hands over what outlives it.
     pub custody: Option<PathBuf>,
+    /// Whom it becomes once it is set up.
+    pub user: Option<User>,
     /// How long it may take to claim its export, in seconds.
     pub connect_timeout: u64,
 }
@@ -188,6 +191,11 @@ impl Launcher {
                 self.custody
                     .iter()
                     .flat_map(|path| [OsStr::new("--custody"), path.as_os_str()]),
+            )
+            .args(
+                self.user
+                    .into_iter()
+                    .flat_map(|user| ["--user".to_owned(), user.to_string()]),
             )
             .args(arguments(spec))
             .arg(option(&spec.endpoint))

@@ -27,6 +27,7 @@ use super::registry::Registry;
 use super::rest;
 use super::store::{Store, StoreError};
 use crate::custody::KeeperError;
+use crate::sandbox::user::{self, WorkerUserError};
 
 /// How long calls to VMMs that are under way may take at the end. What is cut off is finished, or undone,
 /// by the next daemon.
@@ -56,6 +57,9 @@ pub enum ServeError {
     /// Nothing can be kept for workers.
     #[error(transparent)]
     Custody(#[from] KeeperError),
+    /// Workers cannot be who they are to be.
+    #[error(transparent)]
+    WorkerUser(#[from] WorkerUserError),
     /// REST on TCP cannot be.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -97,7 +101,12 @@ impl Service {
     async fn serve(self) -> Result<(), ServeError> {
         let mut ends = Ends::watch().map_err(ServeError::Runtime)?;
         let config = Arc::new(self.config);
+        // Workers of another user find the daemon's new socket here; what is in it is shut by itself.
+        make_directory(&config.runtime_dir, 0o755)?;
         make_directory(&config.sockets(), 0o750)?;
+        if let Some(user) = config.worker_user {
+            user::check_way(user, &config.runtime_dir)?;
+        }
         let store = Store::open(&config.state_dir)?;
         let socket = SocketFile::bind(&config.socket)?;
         let tls = match &config.tls {
@@ -115,7 +124,7 @@ impl Service {
         if config.device_servers.is_empty() {
             warn!("no device server is configured: there is nothing to attach");
         }
-        let custody = Custody::bind(&config.runtime_dir)?;
+        let custody = Custody::bind(&config.runtime_dir, config.worker_user)?;
         let context = Arc::new(Context {
             chooser: Chooser::new(config.clone(), pool.clone()),
             store: Arc::new(store),
@@ -125,6 +134,7 @@ impl Service {
                 log_level: self.log_level,
                 log_format: self.log_format,
                 custody: Some(custody.path().to_owned()),
+                user: config.worker_user,
                 connect_timeout: self.connect_timeout,
             },
             custody: Arc::new(custody),

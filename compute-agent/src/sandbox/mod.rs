@@ -11,6 +11,7 @@
 //! of when it enables its controller, not when it is attached.
 
 mod syscalls;
+pub mod user;
 
 use std::io;
 use std::net::SocketAddr;
@@ -26,6 +27,8 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs, set_thread_groups,
     set_thread_res_gid, set_thread_res_uid,
 };
+
+pub use user::User;
 
 /// The newest kernel interface that this knows; older ones give less.
 const LANDLOCK: ABI = ABI::V6;
@@ -79,29 +82,6 @@ pub enum SandboxError {
     /// A filter cannot be made for this machine.
     #[error("the worker's system calls cannot be restricted on this machine")]
     Filter(#[from] seccompiler::BackendError),
-}
-
-/// A user and a group by their numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct User {
-    /// The user.
-    pub uid: u32,
-    /// The only group.
-    pub gid: u32,
-}
-
-impl std::str::FromStr for User {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = text.split_once(':').and_then(|(uid, gid)| {
-            Some(Self {
-                uid: uid.parse().ok()?,
-                gid: gid.parse().ok()?,
-            })
-        });
-        parsed.ok_or_else(|| format!("{text:?} is not UID:GID, two numbers"))
-    }
 }
 
 /// What a worker needs of the world.

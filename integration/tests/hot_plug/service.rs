@@ -2,7 +2,7 @@
 //! and device server die on the way.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use farbus_compute_agent::api::{Attachment, AttachmentState};
 use farbus_integration::attached;
@@ -240,25 +240,36 @@ fn daemon_killed_while_it_plugs_or_unplugs_leaves_nothing_half_plugged() -> Test
     cloud.end()
 }
 
+/// How often worker or daemon is killed.
+const KILLS: u32 = 50;
+
+/// At random moments, a random one of the two; never both at once. What is random follows from a seed that
+/// is printed, and taken from the environment variable `FARBUS_SEED` if that is set.
 #[test]
 fn killed_workers_and_daemons_are_a_pause_to_a_guest_that_writes_and_verifies() -> TestResult {
+    let mut random = Random::new()?;
     let mut cloud = Cloud::nvme("chaos")?;
     cloud.attach()?;
     let job = cloud.guest.spawn(&format!(
-        "for n in $(seq 1000); do \
+        "n=0; while n=$((n + 1)); do \
              yes chaos-$n | head -c 262144 >/tmp/c && \
              dd bs=16k if=/tmp/c of={NVME} oflag=direct 2>/dev/null && \
              dd bs=16k count=16 if={NVME} iflag=direct 2>/dev/null | cmp - /tmp/c || exit 1; \
              echo $n >/tmp/done; [ ! -e /tmp/stop ] || exit 0; \
          done"
     ))?;
-    for round in 0..10 {
+    let begun = Instant::now();
+    let mut killed = [0; 2];
+    for _ in 0..KILLS {
         let done = cloud.guest.check("cat /tmp/done 2>/dev/null || echo 0")?;
         let done: u32 = done.trim().parse().unwrap_or(0);
         // In the middle of I/O, after some of it was right since the last time.
         let more = format!("[ $(cat /tmp/done 2>/dev/null || echo 0) -gt {done} ]");
         cloud.guest.wait_until(&more, Deadline::secs(60))?;
-        if round % 2 == 0 {
+        wait(Duration::from_micros(random.below(100_000)));
+        let which = random.below(2) as usize;
+        killed[which] += 1;
+        if which == 0 {
             let [worker] = cloud.service.workers()[..] else {
                 return Err("there is not one worker".into());
             };
@@ -272,12 +283,42 @@ fn killed_workers_and_daemons_are_a_pause_to_a_guest_that_writes_and_verifies() 
             .service
             .wait_state(ID, AttachmentState::Ready, Deadline::secs(60))?;
     }
+    let took = begun.elapsed();
     cloud.guest.check("touch /tmp/stop")?;
     let verified = job.wait(Deadline::secs(60))?;
     assert_eq!(verified.status, 0, "{}", verified.text());
+    let passes = cloud.guest.check("cat /tmp/done")?;
+    let [workers, daemons] = killed;
+    println!(
+        "{workers} workers and {daemons} daemons killed in {took:.1?}; {} passes of 256 KiB verified",
+        passes.trim()
+    );
+    assert!(workers > 0 && daemons > 0, "only one of the two was killed");
     assert_eq!(cloud.detach(false)?.state, AttachmentState::Detached);
     cloud.is_gone()?;
     cloud.end()
+}
+
+/// Numbers that follow from a seed (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn new() -> Result<Self, Failure> {
+        let seed = match std::env::var("FARBUS_SEED") {
+            Ok(seed) => seed.parse()?,
+            Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
+        };
+        println!("FARBUS_SEED={seed}");
+        Ok(Self(seed))
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % end
+    }
 }
 
 /// Lets a moment pass, to be at another point of what happens meanwhile.

@@ -7,5 +7,7 @@ mod bed;
 mod crash;
 mod endurance;
 mod life;
+mod load;
 mod openapi;
+mod own_user;
 mod refusals;
