@@ -185,7 +185,11 @@ mod tests {
 
     #[test]
     fn slices_without_a_name_are_numbered_by_their_places() {
-        let slices = ["size=1MiB", "name=b,offset=1MiB,size=1MiB", "offset=2MiB,size=1MiB"];
+        let slices = [
+            "size=1MiB",
+            "name=b,offset=1MiB,size=1MiB",
+            "offset=2MiB,size=1MiB",
+        ];
         let slices = numbered(slices.map(|slice| slice.parse().unwrap()).into());
         let names: Vec<_> = slices.iter().map(|slice| slice.name.as_str()).collect();
         assert_eq!(names, ["0", "b", "2"]);

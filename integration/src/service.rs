@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use farbus_compute_agent::api::{Attachment, AttachmentState, Attachments, Devices};
 use farbus_compute_agent::daemon::process;
+use farbus_compute_agent::sandbox::User;
 use farbus_rest::client::{Answer, Client, ClientError, Events};
 use farbus_rest::problem::Problem;
 use hyper::body::Bytes;
@@ -34,6 +35,12 @@ pub struct Service {
     client: Client,
     runtime: Runtime,
 }
+
+/// Whose processes workers are in tests that name a user.
+const NOBODY: User = User {
+    uid: 65534,
+    gid: 65534,
+};
 
 impl Service {
     /// Starts an agent that uses these device servers, each `NAME=HOST:PORT`; `further` arguments come
@@ -110,7 +117,9 @@ impl Service {
     /// The workers that there are, as the kernel knows them.
     #[must_use]
     pub fn workers(&self) -> Vec<u32> {
-        let mut pids: Vec<u32> = process::find(&self.sockets()).into_values().collect();
+        let mut pids: Vec<u32> = process::find(&self.sockets(), Some(NOBODY))
+            .into_values()
+            .collect();
         pids.sort_unstable();
         pids
     }

@@ -290,6 +290,11 @@ pub trait Function: Send + Sync {
     /// leave nothing.
     fn service(&self) {}
 
+    /// Whether only one thread may drive it, since more would only wait for each other.
+    fn wants_one_thread(&self) -> bool {
+        false
+    }
+
     /// The notices that can come, each with the eventfd that is signalled for it. They do not
     /// change while the function is open.
     fn notices(&self) -> Vec<(Notice, &EventFd)> {

@@ -231,7 +231,10 @@ impl Client {
                     self.not_before = Some(Instant::now() + self.pause);
                     self.pause = (self.pause * 2).min(MAX_PAUSE);
                 }
-                Ok(Some(_)) => {}
+                Ok(Some(_)) => {
+                    self.pause = MIN_PAUSE;
+                    self.not_before = None;
+                }
                 Err(error) => self.keeper_lost(&error),
             }
         }

@@ -15,6 +15,9 @@ const KEPT: usize = 1024;
 /// See the module's own description.
 #[derive(Debug)]
 pub struct Events {
+    /// The sequence number that this life begins after: higher than those of every former life, as
+    /// long as the clock has not been set back, and exact in JSON.
+    begin: u64,
     ring: Mutex<VecDeque<Event>>,
     /// The sequence number of the newest.
     newest: watch::Sender<u64>,
@@ -22,18 +25,24 @@ pub struct Events {
 
 impl Default for Events {
     fn default() -> Self {
-        Self {
-            ring: Mutex::default(),
-            newest: watch::Sender::new(0),
-        }
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        Self::beginning(since.map_or(0, |since| since.as_millis() as u64))
     }
 }
 
 impl Events {
+    fn beginning(begin: u64) -> Self {
+        Self {
+            begin,
+            ring: Mutex::default(),
+            newest: watch::Sender::new(begin),
+        }
+    }
+
     /// Something has happened.
     pub fn push(&self, attachment: &str, state: AttachmentState, reason: Option<String>) {
         let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
-        let sequence = ring.back().map_or(0, |event| event.sequence) + 1;
+        let sequence = ring.back().map_or(self.begin, |event| event.sequence) + 1;
         if ring.len() == KEPT {
             ring.pop_front();
         }
@@ -48,12 +57,12 @@ impl Events {
         self.newest.send_replace(sequence);
     }
 
-    /// What has happened after the event `last`. One that is not from this agent's life comes after
-    /// all that is: the agent was restarted, and all is new to who asks.
+    /// What has happened after the event `last`. To who asks with one of a former life, or one that is
+    /// yet to come, all is new.
     #[must_use]
     pub fn after(&self, last: u64) -> Vec<Event> {
         let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
-        let newest = ring.back().map_or(0, |event| event.sequence);
+        let newest = ring.back().map_or(self.begin, |event| event.sequence);
         let last = if last > newest { 0 } else { last };
         let later = ring.iter().filter(|event| event.sequence > last);
         later.cloned().collect()
@@ -76,7 +85,7 @@ mod tests {
 
     #[test]
     fn events_after_the_last_one_seen_are_replayed() {
-        let events = Events::default();
+        let events = Events::beginning(0);
         for _ in 0..3 {
             events.push("a", AttachmentState::Ready, None);
         }
@@ -88,15 +97,18 @@ mod tests {
 
     #[test]
     fn event_of_another_life_brings_everything() {
-        let events = Events::default();
+        let events = Events::beginning(0);
         events.push("a", AttachmentState::Ready, None);
 
         assert_eq!(sequences(&events, 4711), [1]);
+        let next = Events::beginning(1000);
+        next.push("a", AttachmentState::Ready, None);
+        assert_eq!(sequences(&next, 1), [1001]);
     }
 
     #[test]
     fn memory_is_bounded() {
-        let events = Events::default();
+        let events = Events::beginning(0);
         for _ in 0..2 * KEPT {
             events.push("a", AttachmentState::Ready, None);
         }

@@ -24,12 +24,16 @@ impl AttachmentId {
         &self.0
     }
 
-    /// Where its VM connects to.
+    /// Where its VM connects to. `life`, which may be empty, tells attachments of one name from each
+    /// other.
     ///
     /// # Errors
     /// When that does not fit in a socket's address.
-    pub fn socket(&self, sockets: &Path) -> Result<PathBuf, Problem> {
-        let path = sockets.join(format!("{self}.sock"));
+    pub fn socket(&self, sockets: &Path, life: &str) -> Result<PathBuf, Problem> {
+        let path = match life {
+            "" => sockets.join(format!("{self}.sock")),
+            life => sockets.join(format!("{self}.{life}.sock")),
+        };
         let len = path.as_os_str().len();
         if len > MAX_PATH {
             let shown = path.display();
@@ -39,6 +43,14 @@ impl AttachmentId {
             .with_remedy("choose a shorter id"));
         }
         Ok(path)
+    }
+
+    /// Whether a socket is one of this attachment's.
+    #[must_use]
+    pub fn owns(&self, socket: &Path) -> bool {
+        let name = socket.file_name().and_then(|name| name.to_str());
+        name.and_then(|name| name.strip_prefix(&self.0))
+            .is_some_and(|rest| rest.starts_with('.'))
     }
 }
 
@@ -102,9 +114,9 @@ mod tests {
     #[test]
     fn socket_that_does_not_fit_is_refused() {
         let id = AttachmentId("x".repeat(63));
-        assert!(id.socket(Path::new("/run/farbus/attachments")).is_ok());
+        assert!(id.socket(Path::new("/run/farbus/attachments"), "").is_ok());
         assert!(
-            id.socket(Path::new("/run/farbus/attachments/of/this/machine"))
+            id.socket(Path::new("/run/farbus/attachments/of/this/machine"), "")
                 .is_err()
         );
     }

@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -185,7 +186,8 @@ impl Launcher {
             .args(["--log-level", self.log_level.as_str()])
             .args(["--log-format", &self.log_format.to_string()])
             .args(["attach", "--json", "--id", id.as_str()])
-            .args(["--from", &device.address, "--export", &device.export])
+            .args(["--from", &device.address])
+            .arg(format!("--export={}", device.export))
             .args(["--connect-timeout", &self.connect_timeout.to_string()])
             .args(
                 self.custody
@@ -207,7 +209,15 @@ impl Launcher {
         let mut child = command.spawn()?;
         let gone = || io::Error::other("it has ended at once");
         let lines = child.stdout.take().ok_or_else(gone)?;
-        let mut worker = Worker::adopt(child.id().ok_or_else(gone)?)?;
+        let adopted = child.id().ok_or_else(gone).and_then(Worker::adopt);
+        let mut worker = match adopted {
+            Ok(worker) => worker,
+            Err(error) => {
+                // Nobody would know of it.
+                let _ = child.start_kill();
+                return Err(error);
+            }
+        };
         worker.child = Some(child);
         Ok(Starting {
             worker,
@@ -288,7 +298,7 @@ fn arguments(spec: &AttachmentSpec) -> Vec<String> {
             add("--num-queues", num_queues.unwrap_or(NUM_QUEUES).to_string());
             add("--queue-size", queue_size.unwrap_or(QUEUE_SIZE).to_string());
             if let Some(serial) = serial {
-                add("--serial", serial.clone());
+                arguments.push(format!("--serial={serial}"));
             }
             if *readonly {
                 arguments.push("--readonly".into());
@@ -320,9 +330,11 @@ fn limits(limits: &Limits) -> Option<String> {
 }
 
 /// The workers on this host whose sockets are in `sockets`, by socket. The kernel knows them all,
-/// whatever a daemon that died had come to write down.
+/// whatever a daemon that died had come to write down. Only processes of the daemon's own user, and of
+/// the workers' one, if they have one, can be workers; anybody may call a process what he likes.
 #[must_use]
-pub fn find(sockets: &Path) -> HashMap<PathBuf, u32> {
+pub fn find(sockets: &Path, workers_user: Option<User>) -> HashMap<PathBuf, u32> {
+    let own = rustix::process::geteuid().as_raw();
     let Ok(processes) = fs::read_dir("/proc") else {
         return HashMap::new();
     };
@@ -330,6 +342,10 @@ pub fn find(sockets: &Path) -> HashMap<PathBuf, u32> {
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter_map(|pid| {
+        let owner = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
+        if owner != own && workers_user.is_none_or(|user| owner != user.uid) {
+            return None;
+        }
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         Some((socket_of(&line, sockets)?, pid))
     })

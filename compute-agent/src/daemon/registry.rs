@@ -2,6 +2,7 @@
 //! come back.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -63,10 +64,15 @@ impl Registry {
             turn_over: Notify::new(),
         });
         let sockets = this.context.config.sockets();
-        let mut workers = process::find(&sockets);
+        let (records, strange) = this.context.store.load()?;
+        for record in &records {
+            // Workers look for this daemon already.
+            let _ = this.context.custody.admit(&record.id);
+        }
+        let mut workers = process::find(&sockets, this.context.config.worker_user);
         let mut living = Vec::new();
-        for record in this.context.store.load()? {
-            let Ok(socket) = record.id.socket(&sockets) else {
+        for record in records {
+            let Ok(socket) = record.id.socket(&sockets, &record.life) else {
                 warn!(
                     "attachment {} does not fit in {}",
                     record.id,
@@ -91,6 +97,13 @@ impl Registry {
             this.begin(record, socket, worker);
         }
         for (socket, pid) in workers {
+            if strange.iter().any(|id| id.owns(&socket)) {
+                error!(
+                    "worker {pid} at {} is left alone: the record of its attachment is not understood",
+                    socket.display()
+                );
+                continue;
+            }
             warn!(
                 "worker {pid} at {} is nobody's and is ended",
                 socket.display()
@@ -169,7 +182,13 @@ impl Registry {
         spec: AttachmentSpec,
     ) -> Result<(bool, Handle), Problem> {
         validate::check(&spec, &self.context.config)?;
-        let socket = id.socket(&self.context.config.sockets())?;
+        // A VM that was rid of a device by force may still look for its socket, and must not find
+        // another's there. Who connects by himself has to know the path.
+        let life = match spec.vm {
+            Vm::None => String::new(),
+            _ => format!("{:08x}", RandomState::new().hash_one(&id) as u32),
+        };
+        let socket = id.socket(&self.context.config.sockets(), &life)?;
         let _turn = self.turn(&id).await;
         if let Ok(there) = self.get(&id) {
             return same(&id, &spec, there).map(|there| (false, there));
@@ -178,6 +197,7 @@ impl Registry {
         let device = self.context.chooser.choose(&id, &spec, &[]).await?;
         let record = Record {
             id: id.clone(),
+            life,
             spec,
             device: Some(device),
             phase: Phase::Starting,
@@ -228,7 +248,10 @@ impl Registry {
 
     /// Asks all workers to end, without taking anything away: for the shutdown of the host.
     pub fn stop_workers(&self) -> usize {
-        let workers = process::find(&self.context.config.sockets());
+        let workers = process::find(
+            &self.context.config.sockets(),
+            self.context.config.worker_user,
+        );
         for worker in workers.values().copied().filter_map(adopt) {
             worker.signal(rustix::process::Signal::TERM);
         }

@@ -56,6 +56,9 @@ pub enum Phase {
 pub struct Record {
     /// Its name.
     pub id: AttachmentId,
+    /// What tells its socket from those of attachments of the same name before it.
+    #[serde(default)]
+    pub life: String,
     /// What was asked for.
     pub spec: AttachmentSpec,
     /// The device that it has got.
@@ -139,13 +142,14 @@ impl Store {
         })
     }
 
-    /// What an earlier daemon has left. A file that is none of ours is left alone, with a warning.
+    /// What an earlier daemon has left, and the ids of records that are not understood. A file that is
+    /// none of ours is left alone, with a warning.
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub fn load(&self) -> Result<Vec<Record>, StoreError> {
+    pub fn load(&self) -> Result<(Vec<Record>, Vec<AttachmentId>), StoreError> {
         let entries = fs::read_dir(&self.directory).map_err(failed("read", &self.directory))?;
-        let mut records = Vec::new();
+        let (mut records, mut strange) = (Vec::new(), Vec::new());
         for path in entries.flatten().map(|entry| entry.path()) {
             match path.extension().and_then(|extension| extension.to_str()) {
                 Some("json") => {}
@@ -163,11 +167,15 @@ impl Store {
             match record {
                 Ok(record) if path == self.path(&record.id) => records.push(record),
                 Ok(record) => warn!("{} is of another attachment: {}", path.display(), record.id),
-                Err(error) => warn!("{} is not understood and ignored: {error}", path.display()),
+                Err(error) => {
+                    warn!("{} is not understood and ignored: {error}", path.display());
+                    let stem = path.file_stem().and_then(|stem| stem.to_str());
+                    strange.extend(stem.and_then(|id| AttachmentId::try_from(id.to_owned()).ok()));
+                }
             }
         }
         records.sort_by(|a, b| a.id.cmp(&b.id));
-        Ok(records)
+        Ok((records, strange))
     }
 
     /// Remembers an attachment as it is now. It is on the disk when this returns.
@@ -262,6 +270,7 @@ mod tests {
             plugged: false,
             reason: None,
             since: String::new(),
+            life: String::new(),
             restarts: 0,
         }
     }
@@ -278,7 +287,7 @@ mod tests {
         store.forget(&record("b", Phase::Failed).id).unwrap();
         drop(store);
 
-        let loaded = Store::open(&path).unwrap().load().unwrap();
+        let loaded = Store::open(&path).unwrap().load().unwrap().0;
 
         assert_eq!(loaded, [record("a", Phase::Detaching { force: true })]);
         fs::remove_dir_all(path).unwrap();
@@ -294,7 +303,7 @@ mod tests {
         fs::copy(within("a.json"), within("c.json")).unwrap();
         fs::write(within("a.new"), "{").unwrap();
 
-        let loaded = store.load().unwrap();
+        let (loaded, _) = store.load().unwrap();
 
         assert_eq!(loaded.len(), 1);
         assert!(within("b.json").exists() && within("c.json").exists());

@@ -139,8 +139,16 @@ impl HotplugError {
         matches!(self, Self::GuestKeeps { .. } | Self::GuestRefused { .. })
     }
 
-    /// Whether the VMM itself cannot be reached or has ended.
+    /// Whether the VMM has ended: nobody listens at its socket, or it has hung up. That it cannot be
+    /// asked for another reason, such as a lack of descriptors, says nothing about it.
     pub fn is_vmm_gone(&self) -> bool {
-        matches!(self, Self::Connect { .. } | Self::Closed { .. })
+        match self {
+            Self::Closed { .. } => true,
+            Self::Connect { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ),
+            _ => false,
+        }
     }
 }

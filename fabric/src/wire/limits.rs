@@ -37,11 +37,25 @@ impl RateLimits {
             (0, limit) | (limit, 0) => limit,
             (a, b) => a.min(b),
         };
+        // A rate without a burst has one of a tenth of a second, which the other side cannot raise.
+        let burst = |a: (u64, u64), b: (u64, u64)| {
+            let real = |(rate, burst): (u64, u64)| match (rate, burst) {
+                (1.., 0) => (rate / 10).max(1),
+                (_, burst) => burst,
+            };
+            match (a.1, b.1) {
+                (0, 0) => 0,
+                _ => lower(real(a), real(b)),
+            }
+        };
         Self {
             iops: lower(self.iops, other.iops),
-            iops_burst: lower(self.iops_burst, other.iops_burst),
+            iops_burst: burst((self.iops, self.iops_burst), (other.iops, other.iops_burst)),
             bytes_per_second: lower(self.bytes_per_second, other.bytes_per_second),
-            bytes_burst: lower(self.bytes_burst, other.bytes_burst),
+            bytes_burst: burst(
+                (self.bytes_per_second, self.bytes_burst),
+                (other.bytes_per_second, other.bytes_burst),
+            ),
         }
     }
 
@@ -88,5 +102,12 @@ mod tests {
         assert_eq!(theirs.lower_of(mine), both);
         assert_eq!(mine.lower_of(RateLimits::NONE), mine);
         assert!(RateLimits::NONE.is_none() && !both.is_none());
+        let greedy = RateLimits {
+            iops_burst: u64::MAX,
+            bytes_burst: u64::MAX,
+            ..RateLimits::NONE
+        };
+        let held = theirs.lower_of(greedy);
+        assert_eq!((held.iops_burst, held.bytes_burst), (5, 409));
     }
 }

@@ -284,10 +284,11 @@ impl Controller {
             .map_err(|_| Status::INTERNAL_ERROR)
             .and_then(|()| {
                 let addresses = pair.addresses(&self.own);
-                let made = drive.create_pair(pair.id, addresses, cq.vector.is_some());
+                let interrupts = cq.vector.is_some();
+                let made = drive.create_pair(self.generation, pair.id, addresses, interrupts);
                 made.map_err(|error| {
                     // A drive that refuses still answers, and works for the others.
-                    if error.status().is_none() {
+                    if error.status().is_none() && !self.is_lost(drive) {
                         drive.fail("making a queue", &error);
                     }
                     error.status().unwrap_or(Status::INTERNAL_ERROR)
@@ -337,8 +338,10 @@ impl Controller {
         if self.is_lost(drive) {
             return false;
         }
-        if let Err(error) = drive.delete_queue(admin::DELETE_SQ, pair.id) {
-            drive.fail("deleting a queue", &error);
+        if let Err(error) = drive.delete_queue(self.generation, admin::DELETE_SQ, pair.id) {
+            if !self.is_lost(drive) {
+                drive.fail("deleting a queue", &error);
+            }
             return false;
         }
         if self.complete_queue(id).is_err() {
@@ -356,8 +359,10 @@ impl Controller {
             }
         }
         self.pairs[at] = None;
-        if let Err(error) = drive.delete_queue(admin::DELETE_CQ, pair.id) {
-            drive.fail("deleting a queue", &error);
+        if let Err(error) = drive.delete_queue(self.generation, admin::DELETE_CQ, pair.id) {
+            if !self.is_lost(drive) {
+                drive.fail("deleting a queue", &error);
+            }
             return false;
         }
         // It belongs to no queue any more.

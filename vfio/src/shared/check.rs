@@ -79,6 +79,8 @@ pub struct Checked {
     pub entry: SubmissionEntry,
     /// Its data.
     pub data: Data,
+    /// Bytes of the medium that it is about, but for Dataset Management's: what it counts for.
+    pub work: u32,
 }
 
 /// Checks an I/O command of a portion, and translates it to one of the drive.
@@ -105,6 +107,7 @@ pub fn check(bounds: &Bounds, command: &SubmissionEntry) -> Result<Checked, Stat
     }
     let mut entry = SubmissionEntry::new(opcode);
     entry.set_nsid(bounds.nsid);
+    let mut untransferred = 0;
     let data = match opcode {
         nvm::FLUSH => Data::None,
         nvm::DATASET_MANAGEMENT => {
@@ -120,14 +123,19 @@ pub fn check(bounds: &Bounds, command: &SubmissionEntry) -> Result<Checked, Stat
             match opcode {
                 nvm::READ => Data::FromDevice(transfer(bounds, blocks)?),
                 nvm::WRITE | nvm::COMPARE => Data::ToDevice(transfer(bounds, blocks)?),
-                _ => Data::None,
+                _ => {
+                    let bytes = u64::from(blocks) << bounds.block_shift;
+                    untransferred = u32::try_from(bytes).unwrap_or(u32::MAX);
+                    Data::None
+                }
             }
         }
     };
     if matches!(opcode, nvm::READ | nvm::WRITE) {
         entry.set_dword(13, command.dword(13) & HINTS);
     }
-    Ok(Checked { entry, data })
+    let work = data.transferred().max(untransferred);
+    Ok(Checked { entry, data, work })
 }
 
 /// Checks a range of Dataset Management (NVMe 1.4 §6.7: attributes, number of blocks, first
@@ -212,7 +220,7 @@ mod tests {
             blocks in 1u64..66_000,
         ) {
             let bounds = bounds(first, blocks);
-            if let Ok(Checked { entry, data }) = check(&bounds, &command) {
+            if let Ok(Checked { entry, data, .. }) = check(&bounds, &command) {
                 prop_assert_eq!(entry.nsid(), bounds.nsid);
                 prop_assert_eq!(entry.psdt() | entry.fuse(), 0);
                 prop_assert_eq!((entry.mptr(), entry.prp1(), entry.prp2()), (0, 0, 0));

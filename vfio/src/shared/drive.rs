@@ -166,7 +166,7 @@ impl SharedDrive {
             return Err(SharedError::Taken(slice.name.clone()));
         }
         slice.bells.silence();
-        Portion::new(self.clone(), index)
+        Portion::new(self.clone(), index).inspect_err(|_| self.give_back(index))
     }
 
     /// The function is there no more, or no more to be used, and everybody is told.
@@ -275,15 +275,30 @@ impl SharedDrive {
         })
     }
 
+    /// The driver, as long as the drive is as it was in a portion's `generation`. Who waits for it may
+    /// wait for a reset.
+    fn driver_of(
+        &self,
+        generation: u64,
+    ) -> Result<MutexGuard<'_, NvmeDriver<dyn Function>>, DriverError> {
+        let driver = self.driver();
+        if self.generation() == generation {
+            return Ok(driver);
+        }
+        let reset = "the drive was reset meanwhile".to_owned();
+        Err(DriverError::Function(FunctionError::Unsupported(reset)))
+    }
+
     /// Creates a queue pair in a portion's memory, with the interrupt of the same number if
     /// `interrupts` says so.
     pub(super) fn create_pair(
         &self,
+        generation: u64,
         id: u16,
         (sq, cq): (u64, u64),
         interrupts: bool,
     ) -> Result<(), DriverError> {
-        let mut driver = self.driver();
+        let mut driver = self.driver_of(generation)?;
         let size_and_id = u32::from(self.entries - 1) << 16 | u32::from(id);
         let mut command = SubmissionEntry::new(admin::CREATE_CQ);
         command.set_prps(cq, 0);
@@ -305,10 +320,16 @@ impl SharedDrive {
 
     /// Deletes one of the two queues of a pair. When the submission queue is deleted, none of its
     /// commands is under way any more (NVMe 1.4 §5.6).
-    pub(super) fn delete_queue(&self, opcode: u8, id: u16) -> Result<(), DriverError> {
+    pub(super) fn delete_queue(
+        &self,
+        generation: u64,
+        opcode: u8,
+        id: u16,
+    ) -> Result<(), DriverError> {
         let mut command = SubmissionEntry::new(opcode);
         command.set_dword(10, id.into());
-        self.driver().command(0, command).map(|_| ())
+        let mut driver = self.driver_of(generation)?;
+        driver.command(0, command).map(|_| ())
     }
 
     /// The drive's log about its health, of now or a moment ago.
@@ -320,7 +341,13 @@ impl SharedDrive {
             }
         }
         let mut log = [0; SMART_LEN];
-        self.driver().log_page(log_page::SMART, 0, &mut log)?;
+        let mut driver = match (self.driver.try_lock(), *known) {
+            (Ok(driver), _) => driver,
+            // Somebody else's command takes long: an old answer is better than to wait for it.
+            (Err(_), Some((_, log))) => return Ok(log),
+            (Err(_), None) => self.driver(),
+        };
+        driver.log_page(log_page::SMART, 0, &mut log)?;
         *known = Some((Instant::now(), log));
         Ok(log)
     }

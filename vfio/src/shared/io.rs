@@ -189,7 +189,7 @@ impl Controller {
             return Ok(Step::Idle);
         };
         let laid_out = check(&slice.bounds, &command).and_then(|checked| {
-            let bytes = checked.data.transferred();
+            let bytes = checked.work;
             if !allowance.admits(self.slots.count(), self.slots.bytes(), bytes) {
                 return Ok(None);
             }

@@ -294,6 +294,10 @@ impl Function for Portion {
         Ok(())
     }
 
+    fn wants_one_thread(&self) -> bool {
+        true
+    }
+
     fn service(&self) {
         self.state().turn(&self.drive, self.index);
     }

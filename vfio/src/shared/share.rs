@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 const COMMANDS: u32 = 256;
 /// Bytes that the commands of all portions together transfer while there are several.
 const BYTES: u64 = 4 << 20;
+/// Bytes of the medium that who is alone may have commands for at the drive. What is there has to end
+/// before its queues do, and others may come meanwhile.
+const ALONE: u64 = 256 << 20;
 /// For how long a portion counts after it last wanted something.
 const MEMORY: Duration = Duration::from_millis(20);
 
@@ -67,7 +70,7 @@ impl Share {
         match self.wanted.iter().filter(recent).count() as u32 {
             0 | 1 => Allowance {
                 commands: u32::MAX,
-                bytes: u64::MAX,
+                bytes: ALONE,
             },
             several => Allowance {
                 commands: (COMMANDS / several).max(1),
@@ -85,7 +88,7 @@ mod tests {
     fn who_is_alone_may_have_everything_and_who_is_not_an_equal_part() {
         let share = Share::new(3);
         let ms = Duration::from_millis;
-        assert!(share.claim_at(0, ms(0)).admits(10_000, 1 << 30, 1 << 20));
+        assert!(share.claim_at(0, ms(0)).admits(10_000, 200 << 20, 1 << 20));
         let half = share.claim_at(1, ms(1));
         assert!(half.admits(127, 0, 4096) && !half.admits(128, 0, 4096));
         assert!(half.admits(1, 1 << 20, 1 << 20) && !half.admits(2, 2 << 20, 4096));

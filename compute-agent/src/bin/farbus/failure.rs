@@ -58,7 +58,8 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         match error {
             ClientError::Problem(problem) => Self {
-                code: 4,
+                // An agent that fails may have done some of it.
+                code: if problem.status >= 500 { 1 } else { 4 },
                 message: format!("{problem} ({} {})", problem.status, problem.kind),
                 problem: Some(problem),
             },

@@ -79,7 +79,7 @@ impl Owner {
     }
 
     /// Something of the same name may be in the VM, from before: its socket's server is no more.
-    async fn clear_the_name(&mut self) -> Result<(), String> {
+    pub(super) async fn clear_the_name(&mut self) -> Result<(), String> {
         if self.record.spec.vm == Vm::None {
             return Ok(());
         }

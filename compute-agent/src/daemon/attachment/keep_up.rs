@@ -160,7 +160,12 @@ impl Owner {
             self.publish();
         }
         if anew {
-            if let Err(reason) = self.plug_now().await {
+            // A device that the guest had not let go of would be taken for the new one.
+            let plugged = match self.clear_the_name().await {
+                Ok(()) => self.plug_now().await,
+                kept => kept,
+            };
+            if let Err(reason) = plugged {
                 self.fail(reason).await;
                 return false;
             }

@@ -191,8 +191,14 @@ impl Lane {
     pub(super) fn awaits_commands_of(&self, queue: u16) -> bool {
         let mut state = self.lock();
         let sq = state.half.queues.sq(queue);
-        state.is_watched = sq.is_some_and(|sq| sq.outstanding > 0);
-        state.is_watched
+        let waits = sq.is_some_and(|sq| sq.outstanding > 0);
+        state.is_watched |= waits;
+        waits
+    }
+
+    /// Lane 0 needs not hear of each change any more.
+    pub(super) fn unwatch(&self) {
+        self.lock().is_watched = false;
     }
 
     pub(super) fn link(&self, session: Session) {

@@ -267,6 +267,10 @@ impl ComputeHalf {
 
     fn finish_deletions(&mut self) {
         let waiting = std::mem::take(&mut self.lanes.deletions);
+        // Those with queues that are still waited for are watched again below.
+        for lane in &self.lanes.others {
+            lane.unwatch();
+        }
         for wait in waiting {
             let Deletion {
                 tag,

@@ -10,8 +10,11 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use farbus_fabric::wire::{Header, Kind, Message, Submit, WireError};
+use farbus_fabric::wire::{
+    CompleteEntry, Header, Kind, Message, Placement, QueueId, Submit, SubmitEntry, Tag, WireError,
+};
 use farbus_fabric::{Counters, FabricError, Received, Sink, Span};
+use farbus_vfio::nvme::Status;
 use log::debug;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -61,6 +64,9 @@ pub(super) struct LaneHalf {
     /// Whether the controller is on.
     pub(super) on: bool,
     outbox: VecDeque<Message>,
+    /// Commands of queues that were deleted while they were on their way: the deletion goes by lane 0's
+    /// link. They are answered as the device answers those that it drops.
+    overtaken: Vec<(Tag, QueueId)>,
 }
 
 /// What a round left.
@@ -87,12 +93,43 @@ impl LaneHalf {
             session.send(message)?;
             self.outbox.pop_front();
         }
+        for (tag, queue) in self.overtaken.drain(..) {
+            let entry = CompleteEntry {
+                tag,
+                queue,
+                status: Status::ABORTED_SQ_DELETION.0,
+                data_len: 0,
+                result: 0,
+            };
+            self.io.append(&entry, 0, 0, session)?;
+        }
         self.io.doorbells.function.service();
         self.io.send_completions(session)
     }
 
     fn is_backlogged(&self) -> bool {
         self.outbox.len() >= MAX_OUTBOX
+    }
+
+    fn place(&mut self, entry: &SubmitEntry<'_>) -> Result<(), FabricError> {
+        let Placement { tag, queue, .. } = entry.placement;
+        if queue.0 == 0 || self.io.submission.get(queue.0).is_some() {
+            return self.io.place(entry, |_, _| {});
+        }
+        if self.overtaken.len() >= self.io.tags.count() {
+            return Err(FabricError::violation(format!(
+                "there are more commands of queue {}, which does not exist, than tags",
+                queue.0
+            )));
+        }
+        self.overtaken.push((tag, queue));
+        Ok(())
+    }
+
+    /// The controller has stopped: nothing is at the device any more.
+    pub(super) fn forget_commands(&mut self) {
+        self.overtaken.clear();
+        self.io.forget_commands();
     }
 
     fn receive(&mut self, session: &mut Session) -> Result<bool, FabricError> {
@@ -137,10 +174,12 @@ impl LaneState {
 
 impl Lane {
     pub(super) fn new(io: Io, event: Arc<EventFd>, bell: Arc<Bell>) -> Self {
+        let tags = io.tags.count();
         let half = LaneHalf {
             io,
             on: false,
             outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
+            overtaken: Vec::with_capacity(tags),
         };
         Self {
             state: Mutex::new(LaneState {
@@ -298,7 +337,7 @@ impl Sink for LaneHalf {
                 return Ok(());
             }
             for entry in batch.entries() {
-                self.io.place(&entry, |_, _| {})?;
+                self.place(&entry)?;
             }
             self.io.release();
             return Ok(());

@@ -80,9 +80,9 @@ impl DeviceHalf {
 
     /// How many lanes the claim can have, if so many are wanted: each needs a queue, an interrupt
     /// and its share of tags and buffer shadow. A claim that is held to limits has one lane, which
-    /// counts what it uses.
+    /// counts what it uses, and so has one of a function that wants one thread.
     pub fn possible_lanes(&self, wanted: u16) -> u16 {
-        if self.io.rate.is_limited() {
+        if self.io.rate.is_limited() || self.function.wants_one_thread() {
             return 1;
         }
         let limits = &self.limits;
@@ -166,7 +166,7 @@ impl DeviceHalf {
             lane.with(|half| {
                 half.on = on;
                 if !on {
-                    half.io.forget_commands();
+                    half.forget_commands();
                 }
             });
         }

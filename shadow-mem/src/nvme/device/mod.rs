@@ -222,7 +222,8 @@ impl DeviceHalf {
     /// When [`Self::pump`] is to be called at the latest, for commands that wait for the claim's
     /// limits.
     pub fn due(&self) -> Option<Instant> {
-        self.io.rate.due()
+        // A controller that is off gets nothing.
+        self.io.rate.due().filter(|_| self.controller.is_on())
     }
 
     /// Commands that were given to the device so far.
@@ -283,8 +284,10 @@ impl DeviceHalf {
             self.hear_lanes()?;
         }
         self.send_outbox(session)?;
-        self.io.release();
-        self.report_failure();
+        if self.controller.is_on() {
+            self.io.release();
+            self.report_failure();
+        }
         self.function.service();
         self.send_completions(session)?;
         // The device may have turned out to be gone meanwhile.

@@ -3,7 +3,7 @@
 use farbus_fabric::wire::{Direction, Placement, Submit, SubmitEntry};
 use farbus_fabric::{FabricError, Span};
 use farbus_vfio::Iova;
-use farbus_vfio::nvme::{PAGE_SIZE, SubmissionEntry, admin};
+use farbus_vfio::nvme::{PAGE_SIZE, SubmissionEntry, admin, nvm};
 use log::debug;
 use vm_memory::VolatileMemory;
 
@@ -41,6 +41,19 @@ impl Io {
             offset: offset as usize,
             len: len as usize,
         }
+    }
+
+    /// The bytes that a command of an I/O queue counts for where they are limited: also those of the
+    /// medium that it is about without transferring them.
+    fn work(&self, command: &SubmissionEntry, transferred: u32) -> u32 {
+        if !matches!(command.opcode(), nvm::WRITE_ZEROES | nvm::VERIFY) {
+            return transferred;
+        }
+        let shift = self
+            .namespaces
+            .get(command.nsid())
+            .map_or(0, |n| n.block_shift);
+        u32::try_from(u64::from(command.blocks()) << shift).unwrap_or(u32::MAX)
     }
 
     fn clear_shadow(&self, offset: u32, len: u32) {
@@ -120,6 +133,7 @@ impl Io {
         if let (Transfer::FromDevice(len), 0) = (declared, queue) {
             self.clear_shadow(placement.shadow_offset, len);
         }
+        let bytes = self.work(&guest, placement.data_len);
         let sq = match self.submission.get_mut(queue) {
             Some(sq) if sq.outstanding < sq.size - 1 => sq,
             _ => {
@@ -132,7 +146,7 @@ impl Io {
         self.commands += 1;
         push(sq, |index| arena.store_sqe(queue, index, &sqe.0));
         if queue != 0 && self.rate.is_limited() {
-            self.rate.hold(queue, placement.data_len);
+            self.rate.hold(queue, bytes);
         } else {
             sq.released = sq.tail;
             sq.dirty = true;
