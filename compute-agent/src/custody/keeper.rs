@@ -40,7 +40,8 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketAddrUnix, SocketFlags, accept_with, bind, connect, listen};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::messages::{FromKeeper, FromWorker, Key, Link, MAX_FDS, VERSION};
+use super::fdstore::{FdStore, Held};
+use super::messages::{FromKeeper, FromWorker, Link, MAX_FDS, VERSION};
 use super::socket::{Socket, SocketError, unconnected};
 use super::statistics::Statistics;
 use crate::sandbox::User;
@@ -135,7 +136,7 @@ struct Connection {
 
 #[derive(Debug, Default)]
 struct Entry {
-    held: BTreeMap<Key, OwnedFd>,
+    held: Held,
     connection: Option<u64>,
 }
 
@@ -145,6 +146,8 @@ struct State {
     entries: BTreeMap<String, Entry>,
     connections: BTreeMap<u64, Connection>,
     next: u64,
+    /// Has duplicates of all that is held.
+    store: FdStore,
     /// Whose processes may be workers, besides root's and the daemon's own user's.
     users: Vec<u32>,
 }
@@ -163,6 +166,16 @@ impl Keeper {
     /// called from the keeper's thread, and must not wait.
     pub fn bind(
         path: &Path,
+        on_event: impl FnMut(Event) + Send + 'static,
+    ) -> Result<Self, KeeperError> {
+        Self::bind_with(path, FdStore::default(), on_event)
+    }
+
+    /// As [`Self::bind`]; what is held has duplicates in `store`, and what that has from an earlier
+    /// daemon is held for the attachments that are admitted.
+    pub fn bind_with(
+        path: &Path,
+        store: FdStore,
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> Result<Self, KeeperError> {
         let failed = |what| {
@@ -204,6 +217,7 @@ impl Keeper {
             entries: BTreeMap::new(),
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
+            store,
             users: Vec::new(),
         }));
         let shared = state.clone();
@@ -242,13 +256,25 @@ impl Keeper {
 
     /// From now on there is an attachment with this id; workers of others are refused.
     pub fn admit(&self, id: &str) {
-        self.state().entries.entry(id.to_owned()).or_default();
+        let mut state = self.state();
+        if !state.entries.contains_key(id) {
+            let held = state.store.take(id);
+            let connection = None;
+            let entry = Entry { held, connection };
+            state.entries.insert(id.to_owned(), entry);
+        }
+    }
+
+    /// All attachments that an earlier daemon had are admitted: what is stored of others is not wanted.
+    pub fn all_admitted(&self) {
+        self.state().store.forget_rest();
     }
 
     /// The attachment is no more: closes all that is held for it and cuts its worker off, if it has
     /// one. No event comes of that.
     pub fn release(&self, id: &str) {
         let mut state = self.state();
+        state.clear(id);
         let gone = state.entries.remove(id).and_then(|entry| entry.connection);
         if let Some(token) = gone {
             state.close(token);
@@ -419,19 +445,27 @@ impl State {
         match message {
             FromWorker::Hello { .. } => {}
             FromWorker::Keep { keys } => {
-                entry.held.extend(keys.into_iter().zip(fds));
+                for (key, fd) in keys.into_iter().zip(fds) {
+                    if entry.held.contains_key(&key) {
+                        self.store.forget(&id, &key);
+                    }
+                    self.store.keep(&id, &key, &fd);
+                    entry.held.insert(key, fd);
+                }
                 if entry.held.len() > MAX_HELD {
                     return Err(format!("more than {MAX_HELD} descriptors are not held"));
                 }
             }
             FromWorker::Forget { keys } => keys.iter().for_each(|key| {
-                entry.held.remove(key);
+                if entry.held.remove(key).is_some() {
+                    self.store.forget(&id, key);
+                }
             }),
             FromWorker::Ready => events.push(Event::Ready { id }),
             FromWorker::State { link, reason } => events.push(Event::State { id, link, reason }),
             FromWorker::Bye => {
-                entry.held.clear();
                 entry.connection = None;
+                self.clear(&id);
                 self.close(token);
                 events.push(Event::Bye { id });
             }
@@ -465,11 +499,12 @@ impl State {
         connection.id = Some(id.clone());
         let pid = connection.pid;
         if live {
-            entry.held.clear();
+            self.clear(&id);
         }
-        let held = entry.held.len();
+        let held = self.entries.get(&id).map_or(0, |entry| entry.held.len());
         let mut handed = Vec::new();
-        let mut all = entry.held.iter().peekable();
+        let entry = self.entries.get(&id);
+        let mut all = entry.iter().flat_map(|entry| &entry.held).peekable();
         while all.peek().is_some() {
             let (mut keys, mut fds) = (Vec::new(), Vec::new());
             for (key, fd) in all.by_ref().take(MAX_FDS) {
@@ -490,6 +525,14 @@ impl State {
             self.say(token, message, fds).map_err(failed)?;
         }
         Ok(())
+    }
+
+    /// Nothing is held for the attachment any more.
+    fn clear(&mut self, id: &str) {
+        let held = self.entries.get_mut(id).map(|entry| &mut entry.held);
+        for (key, _fd) in held.map(std::mem::take).unwrap_or_default() {
+            self.store.forget(id, &key);
+        }
     }
 
     fn say(

@@ -90,6 +90,7 @@ impl Registry {
             }
             this.begin(record, socket, worker);
         }
+        this.context.custody.all_admitted();
         for (socket, pid) in workers {
             warn!(
                 "worker {pid} at {} is nobody's and is ended",
