@@ -24,7 +24,7 @@
 //! # Ok::<(), farbus_compute_agent::custody::KeeperError>(())
 //! ```
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -41,7 +41,7 @@ use rustix::net::{SocketAddrUnix, SocketFlags, accept_with, bind, connect, liste
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::fdstore::{FdStore, Held};
-use super::messages::{FromKeeper, FromWorker, Link, MAX_FDS, VERSION};
+use super::messages::{FromKeeper, FromWorker, Key, Link, MAX_FDS, VERSION};
 use super::socket::{Socket, SocketError, unconnected};
 use super::statistics::Statistics;
 use crate::sandbox::User;
@@ -138,6 +138,10 @@ struct Connection {
 struct Entry {
     held: Held,
     connection: Option<u64>,
+    /// What an earlier daemon held, and the worker has not yet handed over anew.
+    stale: BTreeSet<Key>,
+    /// The worker has handed over all that it has.
+    whole: bool,
 }
 
 #[derive(Debug)]
@@ -259,8 +263,10 @@ impl Keeper {
         let mut state = self.state();
         if !state.entries.contains_key(id) {
             let held = state.store.take(id);
-            let connection = None;
-            let entry = Entry { held, connection };
+            let entry = Entry {
+                held,
+                ..Entry::default()
+            };
             state.entries.insert(id.to_owned(), entry);
         }
     }
@@ -293,6 +299,13 @@ impl Keeper {
         let state = self.state();
         let token = state.entries.get(id)?.connection?;
         Some(state.connections.get(&token)?.pid)
+    }
+
+    /// Whether the attachment's worker is connected, and has handed over what a successor needs.
+    pub fn is_whole(&self, id: &str) -> bool {
+        let state = self.state();
+        let entry = state.entries.get(id);
+        entry.is_some_and(|entry| entry.connection.is_some() && entry.whole)
     }
 
     /// How many descriptors are held for the attachment.
@@ -450,6 +463,7 @@ impl State {
                         self.store.forget(&id, &key);
                     }
                     self.store.keep(&id, &key, &fd);
+                    entry.stale.remove(&key);
                     entry.held.insert(key, fd);
                 }
                 if entry.held.len() > MAX_HELD {
@@ -461,7 +475,14 @@ impl State {
                     self.store.forget(&id, key);
                 }
             }),
-            FromWorker::Ready => events.push(Event::Ready { id }),
+            FromWorker::Ready => {
+                for key in std::mem::take(&mut entry.stale) {
+                    entry.held.remove(&key);
+                    self.store.forget(&id, &key);
+                }
+                entry.whole = true;
+                events.push(Event::Ready { id });
+            }
             FromWorker::State { link, reason } => events.push(Event::State { id, link, reason }),
             FromWorker::Bye => {
                 entry.connection = None;
@@ -498,13 +519,16 @@ impl State {
         entry.connection = Some(token);
         connection.id = Some(id.clone());
         let pid = connection.pid;
+        entry.whole = false;
+        entry.stale.clear();
         if live {
-            self.clear(&id);
+            // Until it has said all, it may die: what there is of the time before is good for a successor.
+            entry.stale = entry.held.keys().cloned().collect();
         }
-        let held = self.entries.get(&id).map_or(0, |entry| entry.held.len());
+        // One that lives has it all.
+        let held = if live { 0 } else { entry.held.len() };
         let mut handed = Vec::new();
-        let entry = self.entries.get(&id);
-        let mut all = entry.iter().flat_map(|entry| &entry.held).peekable();
+        let mut all = entry.held.iter().take(held).peekable();
         while all.peek().is_some() {
             let (mut keys, mut fds) = (Vec::new(), Vec::new());
             for (key, fd) in all.by_ref().take(MAX_FDS) {

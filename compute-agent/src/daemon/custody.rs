@@ -82,15 +82,11 @@ impl Custody {
         self.keeper.all_admitted();
     }
 
-    /// Waits until each of these has a worker that is connected, or long enough. One that lives looks for
+    /// Waits until each of these has a worker that has handed over what its successor needs, or long enough. One that lives looks for
     /// a new daemon many times a second.
     pub async fn wait_for(&self, ids: &[AttachmentId]) {
         let begun = Instant::now();
-        while begun.elapsed() < RETURN
-            && ids
-                .iter()
-                .any(|id| self.keeper.worker(id.as_str()).is_none())
-        {
+        while begun.elapsed() < RETURN && ids.iter().any(|id| !self.keeper.is_whole(id.as_str())) {
             tokio::time::sleep(LOOK).await;
         }
     }
