@@ -87,6 +87,17 @@ impl Service {
         Ok(())
     }
 
+    /// As [`Self::restart`], run by another program that executes it in place.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn restart_under(&mut self, wrapper: &[&str]) -> Result<()> {
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        let daemon = Daemon::start_under(wrapper, "farbus-compute-agent", &arguments)?;
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
     /// Kills the daemon: its workers go on.
     ///
     /// # Errors

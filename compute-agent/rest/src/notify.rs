@@ -1,6 +1,7 @@
 //! Tells systemd how a daemon is (sd_notify(3)). Without a `NOTIFY_SOCKET` in the environment nothing
 //! of this does anything.
 
+use std::os::fd::RawFd;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -32,6 +33,19 @@ pub fn reloading() {
 /// One line for `systemctl status`.
 pub fn status(line: &str) {
     tell(&[NotifyState::Status(line)]);
+}
+
+/// The descriptors that systemd has passed to this process (sd_listen_fds_with_names(3)), by number, with
+/// their names; closed on exec from now on. They are whose who asks first.
+#[must_use]
+pub fn passed() -> Vec<(RawFd, String)> {
+    match sd_notify::listen_fds_with_names(false) {
+        Ok(passed) => passed.collect(),
+        Err(error) => {
+            log::warn!("what systemd has passed cannot be used: {error}");
+            Vec::new()
+        }
+    }
 }
 
 /// Says every half of the unit's `WatchdogSec` that the daemon is alive; for ever, and nothing if the

@@ -24,7 +24,7 @@
 //! # Ok::<(), farbus_compute_agent::custody::KeeperError>(())
 //! ```
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -40,6 +40,7 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketAddrUnix, SocketFlags, accept_with, bind, connect, listen};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::fdstore::{FdStore, Held};
 use super::messages::{FromKeeper, FromWorker, Key, Link, MAX_FDS, VERSION};
 use super::socket::{Socket, SocketError, unconnected};
 use super::statistics::Statistics;
@@ -135,8 +136,12 @@ struct Connection {
 
 #[derive(Debug, Default)]
 struct Entry {
-    held: BTreeMap<Key, OwnedFd>,
+    held: Held,
     connection: Option<u64>,
+    /// What an earlier daemon held, and the worker has not yet handed over anew.
+    stale: BTreeSet<Key>,
+    /// The worker has handed over all that it has.
+    whole: bool,
 }
 
 #[derive(Debug)]
@@ -145,6 +150,8 @@ struct State {
     entries: BTreeMap<String, Entry>,
     connections: BTreeMap<u64, Connection>,
     next: u64,
+    /// Has duplicates of all that is held.
+    store: FdStore,
     /// Whose processes may be workers, besides root's and the daemon's own user's.
     users: Vec<u32>,
 }
@@ -163,6 +170,16 @@ impl Keeper {
     /// called from the keeper's thread, and must not wait.
     pub fn bind(
         path: &Path,
+        on_event: impl FnMut(Event) + Send + 'static,
+    ) -> Result<Self, KeeperError> {
+        Self::bind_with(path, FdStore::default(), on_event)
+    }
+
+    /// As [`Self::bind`]; what is held has duplicates in `store`, and what that has from an earlier
+    /// daemon is held for the attachments that are admitted.
+    pub fn bind_with(
+        path: &Path,
+        store: FdStore,
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> Result<Self, KeeperError> {
         let failed = |what| {
@@ -204,6 +221,7 @@ impl Keeper {
             entries: BTreeMap::new(),
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
+            store,
             users: Vec::new(),
         }));
         let shared = state.clone();
@@ -242,13 +260,27 @@ impl Keeper {
 
     /// From now on there is an attachment with this id; workers of others are refused.
     pub fn admit(&self, id: &str) {
-        self.state().entries.entry(id.to_owned()).or_default();
+        let mut state = self.state();
+        if !state.entries.contains_key(id) {
+            let held = state.store.take(id);
+            let entry = Entry {
+                held,
+                ..Entry::default()
+            };
+            state.entries.insert(id.to_owned(), entry);
+        }
+    }
+
+    /// All attachments that an earlier daemon had are admitted: what is stored of others is not wanted.
+    pub fn all_admitted(&self) {
+        self.state().store.forget_rest();
     }
 
     /// The attachment is no more: closes all that is held for it and cuts its worker off, if it has
     /// one. No event comes of that.
     pub fn release(&self, id: &str) {
         let mut state = self.state();
+        state.clear(id);
         let gone = state.entries.remove(id).and_then(|entry| entry.connection);
         if let Some(token) = gone {
             state.close(token);
@@ -267,6 +299,13 @@ impl Keeper {
         let state = self.state();
         let token = state.entries.get(id)?.connection?;
         Some(state.connections.get(&token)?.pid)
+    }
+
+    /// Whether the attachment's worker is connected, and has handed over what a successor needs.
+    pub fn is_whole(&self, id: &str) -> bool {
+        let state = self.state();
+        let entry = state.entries.get(id);
+        entry.is_some_and(|entry| entry.connection.is_some() && entry.whole)
     }
 
     /// How many descriptors are held for the attachment.
@@ -419,19 +458,35 @@ impl State {
         match message {
             FromWorker::Hello { .. } => {}
             FromWorker::Keep { keys } => {
-                entry.held.extend(keys.into_iter().zip(fds));
+                for (key, fd) in keys.into_iter().zip(fds) {
+                    if entry.held.contains_key(&key) {
+                        self.store.forget(&id, &key);
+                    }
+                    self.store.keep(&id, &key, &fd);
+                    entry.stale.remove(&key);
+                    entry.held.insert(key, fd);
+                }
                 if entry.held.len() > MAX_HELD {
                     return Err(format!("more than {MAX_HELD} descriptors are not held"));
                 }
             }
             FromWorker::Forget { keys } => keys.iter().for_each(|key| {
-                entry.held.remove(key);
+                if entry.held.remove(key).is_some() {
+                    self.store.forget(&id, key);
+                }
             }),
-            FromWorker::Ready => events.push(Event::Ready { id }),
+            FromWorker::Ready => {
+                for key in std::mem::take(&mut entry.stale) {
+                    entry.held.remove(&key);
+                    self.store.forget(&id, &key);
+                }
+                entry.whole = true;
+                events.push(Event::Ready { id });
+            }
             FromWorker::State { link, reason } => events.push(Event::State { id, link, reason }),
             FromWorker::Bye => {
-                entry.held.clear();
                 entry.connection = None;
+                self.clear(&id);
                 self.close(token);
                 events.push(Event::Bye { id });
             }
@@ -464,12 +519,16 @@ impl State {
         entry.connection = Some(token);
         connection.id = Some(id.clone());
         let pid = connection.pid;
+        entry.whole = false;
+        entry.stale.clear();
         if live {
-            entry.held.clear();
+            // Until it has said all, it may die: what there is of the time before is good for a successor.
+            entry.stale = entry.held.keys().cloned().collect();
         }
-        let held = entry.held.len();
+        // One that lives has it all.
+        let held = if live { 0 } else { entry.held.len() };
         let mut handed = Vec::new();
-        let mut all = entry.held.iter().peekable();
+        let mut all = entry.held.iter().take(held).peekable();
         while all.peek().is_some() {
             let (mut keys, mut fds) = (Vec::new(), Vec::new());
             for (key, fd) in all.by_ref().take(MAX_FDS) {
@@ -490,6 +549,14 @@ impl State {
             self.say(token, message, fds).map_err(failed)?;
         }
         Ok(())
+    }
+
+    /// Nothing is held for the attachment any more.
+    fn clear(&mut self, id: &str) {
+        let held = self.entries.get_mut(id).map(|entry| &mut entry.held);
+        for (key, _fd) in held.map(std::mem::take).unwrap_or_default() {
+            self.store.forget(id, &key);
+        }
     }
 
     fn say(

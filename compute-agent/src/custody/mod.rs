@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`messages`] | the datagrams between the two, and their bounds |
 //! | [`keeper`] | the daemon's side |
+//! | [`fdstore`] | what systemd holds for it, should daemon and worker die at once |
 //! | [`worker`], [`attend`] | the worker's side |
 //! | [`statistics`] | what a worker has counted, read by the daemon at any time |
 //!
@@ -16,6 +17,7 @@
 //! keeper holds anyway, and descriptors are handed over when a VMM sets its device up.
 
 pub mod attend;
+pub mod fdstore;
 pub mod keeper;
 pub mod messages;
 pub mod socket;

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::id::AttachmentId;
 use crate::api;
+use crate::custody::fdstore::FdStore;
 use crate::custody::messages::Link;
 use crate::custody::{Event, Keeper, KeeperError, Statistics};
 use crate::sandbox::User;
@@ -52,7 +53,9 @@ impl Custody {
         let entries = Entries::default();
         let told = entries.clone();
         let path: PathBuf = runtime_dir.join("custody.sock");
-        let keeper = Keeper::bind(&path, move |event| hear(&told, event))?;
+        let keeper = Keeper::bind_with(&path, FdStore::of_service(), move |event| {
+            hear(&told, event);
+        })?;
         if let Some(user) = user {
             keeper.allow_user(user)?;
         }
@@ -74,15 +77,16 @@ impl Custody {
         entry.down.subscribe()
     }
 
-    /// Waits until each of these has a worker that is connected, or long enough. One that lives looks for
+    /// All attachments of the daemon before are admitted.
+    pub fn all_admitted(&self) {
+        self.keeper.all_admitted();
+    }
+
+    /// Waits until each of these has a worker that has handed over what its successor needs, or long enough. One that lives looks for
     /// a new daemon many times a second.
     pub async fn wait_for(&self, ids: &[AttachmentId]) {
         let begun = Instant::now();
-        while begun.elapsed() < RETURN
-            && ids
-                .iter()
-                .any(|id| self.keeper.worker(id.as_str()).is_none())
-        {
+        while begun.elapsed() < RETURN && ids.iter().any(|id| !self.keeper.is_whole(id.as_str())) {
             tokio::time::sleep(LOOK).await;
         }
     }

@@ -96,6 +96,7 @@ impl Registry {
             }
             this.begin(record, socket, worker);
         }
+        this.context.custody.all_admitted();
         for (socket, pid) in workers {
             if strange.iter().any(|id| id.owns(&socket)) {
                 error!(

@@ -4,10 +4,12 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod bed;
+mod both;
 mod crash;
 mod endurance;
 mod life;
 mod load;
+mod manager;
 mod openapi;
 mod own_user;
 mod refusals;
