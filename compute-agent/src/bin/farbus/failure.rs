@@ -58,8 +58,7 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         match error {
             ClientError::Problem(problem) => Self {
-                // An agent that fails may have done some of it.
-                code: if problem.status >= 500 { 1 } else { 4 },
+                code: 4,
                 message: format!("{problem} ({} {})", problem.status, problem.kind),
                 problem: Some(problem),
             },
