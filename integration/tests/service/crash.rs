@@ -88,13 +88,14 @@ fn killed_worker_is_replaced() -> TestResult {
     let service = &bed.service;
     let first = service.attach("vm1", &vfio_user("rack1/d0"))?;
     prove(&first, 1);
-    let mut events = service.events(1)?;
+    let mut events = service.events(0)?;
+    let is_ready =
+        |event: &farbus_integration::service::Event| event.state == AttachmentState::Ready;
+    service.until(&mut events, Deadline::secs(60), is_ready)?;
 
     signal(first.worker.unwrap().pid, Signal::KILL);
 
-    let seen = service.until(&mut events, Deadline::secs(60), |event| {
-        event.state == AttachmentState::Ready
-    })?;
+    let seen = service.until(&mut events, Deadline::secs(60), is_ready)?;
     assert_eq!(seen[0].state, AttachmentState::Degraded);
     assert!(
         seen[0].reason.as_ref().unwrap().contains("signal"),
