@@ -95,6 +95,12 @@ impl Books {
         self.outgoing.acknowledge(consumed).ok()?;
         assert!(consumed.position <= self.head, "{consumed:?} was taken");
         self.waiting.retain(|(.., end)| *end > consumed.position);
+        // A peer that has consumed half a message has given back the room of that half.
+        if let Some((offset, size, end)) = self.waiting.first_mut() {
+            let given_back = consumed.position.saturating_sub(*end - *size);
+            *offset += given_back;
+            *size -= given_back;
+        }
         Some(())
     }
 
