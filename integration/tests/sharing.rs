@@ -312,7 +312,7 @@ fn limits_hold_within_10_percent() -> TestResult {
 #[test]
 fn slices_that_cannot_be_are_refused_with_what_helps() {
     for (options, code, words) in [
-        (&["--slice", "offset=0"][..], 2, &["name=NAME"][..]),
+        (&["--slice", "offset=x"][..], 2, &["offset=`x`"][..]),
         (&["--slice", "name=a,size=32MB"], 2, &["size=`32MB`", "MiB"]),
         (
             &["--slice", "name=a", "--slice", "name=a"],
