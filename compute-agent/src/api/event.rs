@@ -9,7 +9,7 @@ use super::AttachmentState;
 /// `sequence`: a client that comes back with it in `Last-Event-ID` gets what it has missed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
-    /// Rises by one with every event of this agent's life.
+    /// Rises by one with every event of a daemon's life, which begins above those of all lives before.
     pub sequence: u64,
     /// When it happened, RFC 3339 in UTC.
     pub time: String,

@@ -2,8 +2,8 @@
 //!
 //! A drive works on what it was given, whoever gave it: who keeps more commands outstanding gets
 //! more of it, and everybody else waits behind them. So while several portions want the drive, each
-//! may have no more than an equal part of a bounded whole outstanding. Who is alone may have all
-//! there is room for.
+//! may have no more than an equal part of a bounded whole outstanding. Who is alone may have as many
+//! as there is room for, but not about more bytes than a drive ends in moments.
 //!
 //! A portion counts as wanting the drive for a little while after it last did: one that asks for one
 //! block at a time must not find a long queue of others each time.
