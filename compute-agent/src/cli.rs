@@ -296,7 +296,7 @@ fn attach(args: &AttachArgs) -> Result<(), Failure> {
         .map_err(anyhow::Error::new)
         .and_then(|claimed| {
             let label = format!("{name} of {}", args.from);
-            let function = if custody.is_some() && args.vfio_user.is_some() {
+            let function = if custody.is_some() {
                 RemoteFunction::with_record(label, claimed)
             } else {
                 RemoteFunction::new(label, claimed)
@@ -401,6 +401,11 @@ fn attach_vhost_user(
         (None, None) => Err(anyhow::anyhow!("there is no endpoint to offer")),
     };
     let socket = socket.map_err(|error| Failure(4, error))?;
+    if let Some(record) = remote.record() {
+        // For the daemon to read what the attachment does. A successor has a record of its own: its VMM
+        // comes back to it, and has the inflight record.
+        custody.keep(vec![(key(CONTROLLER), record.as_fd())]);
+    }
     enter_sandbox(args, custody).map_err(|error| Failure(1, error))?;
     let options = args.vhost_user.options();
     let failed = |error| Failure(1, error);

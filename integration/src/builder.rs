@@ -25,7 +25,7 @@ use crate::tools::Tools;
 use crate::tools::firmware::{Firmware, FirmwareFiles};
 use crate::tools::initramfs::Userland;
 use crate::tools::kernel::{Kernel, command_line};
-use crate::tools::programs::join;
+use crate::tools::programs::{join, size_mib};
 
 /// QEMU connects within milliseconds of its start, unless a device of its command line waits for a server.
 const CONNECT_SECS: u64 = 30;
@@ -109,7 +109,7 @@ impl MachineBuilder {
         self
     }
 
-    /// Size of the guest's memory.
+    /// Size of the guest's memory, to which comes room for the workspace's programs.
     #[must_use]
     pub fn memory_mib(mut self, mib: u32) -> Self {
         self.memory_mib = mib;
@@ -345,6 +345,8 @@ impl MachineBuilder {
 
     /// Writes the whole command line.
     fn compose(&self, command: &mut Command, tools: &Tools, scratch: &Scratch) -> Result<()> {
+        // The kernel unpacks them into a file system of half the memory, with the archive still in the other half.
+        let memory_mib = self.memory_mib + 2 * size_mib(&self.programs)?;
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args([
@@ -359,11 +361,10 @@ impl MachineBuilder {
             .arg(format!("q35,memory-backend=mem{}", self.machine_options))
             .arg("-object")
             .arg(format!(
-                "memory-backend-memfd,id=mem,size={}M,share={}",
-                self.memory_mib,
+                "memory-backend-memfd,id=mem,size={memory_mib}M,share={}",
                 if self.shared_memory { "on" } else { "off" }
             ))
-            .args(["-m", &format!("{}M", self.memory_mib)])
+            .args(["-m", &format!("{memory_mib}M")])
             .args(["-smp", &self.cpus.to_string()]);
         command
             .arg("-qmp")

@@ -43,6 +43,20 @@ pub fn join(initramfs: PathBuf, names: &[String], scratch: &Scratch) -> Result<P
     Ok(joined)
 }
 
+/// The size of these programs of the workspace together, rounded up.
+///
+/// # Errors
+/// When one of them is not built.
+pub fn size_mib(names: &[String]) -> Result<u32> {
+    let mut bytes = 0;
+    for name in names {
+        let path = program(name)?;
+        let metadata = fs::metadata(&path).context(|| format!("reading {}", path.display()))?;
+        bytes += metadata.len();
+    }
+    Ok(bytes.div_ceil(1 << 20) as u32)
+}
+
 /// Packs dynamic programs of this host with all that they need.
 ///
 /// # Errors

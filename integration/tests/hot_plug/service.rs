@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use farbus_compute_agent::api::{Attachment, AttachmentState};
+use farbus_compute_agent::api::{Attachment, AttachmentState, Statistics};
 use farbus_integration::attached;
 use farbus_integration::builder::MachineBuilder;
 use farbus_integration::daemon::Daemon;
@@ -72,6 +72,12 @@ impl Cloud {
         self.service.attach(ID, &self.spec)?;
         self.guest.wait_file(self.node, Deadline::secs(30))?;
         Ok(begun.elapsed())
+    }
+
+    /// What the attachment has done; nothing if the agent does not know.
+    fn statistics(&self) -> Result<Statistics, Failure> {
+        let now = self.service.attachment(ID)?;
+        Ok(now.and_then(|now| now.statistics).unwrap_or_default())
     }
 
     fn detach(&self, force: bool) -> Result<Attachment, Failure> {
@@ -160,6 +166,8 @@ fn virtio_drive_comes_and_goes_by_calls() -> TestResult {
     for cycle in 0..3 {
         cloud.attach()?;
         cloud.io(cycle)?;
+        let done = cloud.statistics()?;
+        assert!(done.reads > 0 && done.written_bytes > 0, "{done:?}");
         assert_eq!(cloud.detach(false)?.state, AttachmentState::Detached);
         cloud.is_gone()?;
         assert_eq!(objects(&cloud.machine)?, before);
