@@ -255,14 +255,24 @@ const KILLS: u32 = 50;
 /// is printed, and taken from the environment variable `FARBUS_SEED` if that is set.
 #[test]
 fn killed_workers_and_daemons_are_a_pause_to_a_guest_that_writes_and_verifies() -> TestResult {
+    kill_under_verified_io(Cloud::nvme("chaos")?)
+}
+
+#[test]
+fn killed_workers_and_daemons_are_a_pause_to_a_virtio_drive_too() -> TestResult {
+    let endpoint = json!({"kind": "vhost-user-blk", "num_queues": 2});
+    kill_under_verified_io(Cloud::start("chaosblk", &endpoint, VIRTIO)?)
+}
+
+fn kill_under_verified_io(mut cloud: Cloud) -> TestResult {
     let mut random = Random::new()?;
-    let mut cloud = Cloud::nvme("chaos")?;
+    let drive = cloud.node;
     cloud.attach()?;
     let job = cloud.guest.spawn(&format!(
         "n=0; while n=$((n + 1)); do \
              yes chaos-$n | head -c 262144 >/tmp/c && \
-             dd bs=16k if=/tmp/c of={NVME} oflag=direct 2>/dev/null && \
-             dd bs=16k count=16 if={NVME} iflag=direct 2>/dev/null | cmp - /tmp/c || exit 1; \
+             dd bs=16k if=/tmp/c of={drive} oflag=direct 2>/dev/null && \
+             dd bs=16k count=16 if={drive} iflag=direct 2>/dev/null | cmp - /tmp/c || exit 1; \
              echo $n >/tmp/done; [ ! -e /tmp/stop ] || exit 0; \
          done"
     ))?;
