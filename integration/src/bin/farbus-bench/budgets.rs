@@ -11,7 +11,6 @@ use crate::awake::Awake;
 use crate::farbus::{ENDPOINT, ENDPOINT_ADAPTIVE, GUEST, GUEST_LOCAL, IN_PROCESS_POLLED};
 use crate::limits::{self, How, RECEIVED, SENT, TCP, round_trip};
 use crate::peers::{NBD, SPDK_TCP};
-use crate::rdma;
 use crate::results::{Results, Row, figure};
 use crate::table::number;
 use crate::workload::{BIG_READ, BIG_WRITE, READ_1, READ_32, READ_32_A8, Workload};
@@ -172,37 +171,6 @@ const BUDGETS: &[Budget] = &[
         states: BOTH,
         bound: AtMost(1.1),
         claim: NotMetYet,
-    },
-    Budget {
-        name: "4k read x1 over RDMA, polled",
-        ratio: "p50 / (2 bare round trips + the drive's p50)",
-        value: |results, state| {
-            let bare = results.median(rdma::DEVICE, state, rdma::ROUND_TRIP, figure::P50)?;
-            let drive = p50(results, rdma::DRIVE_ALONE, state)?;
-            Some(p50(results, rdma::OVER_RDMA, state)? / (2.0 * bare + drive))
-        },
-        states: ANY,
-        bound: AtMost(1.0),
-        claim: Met,
-    },
-    Budget {
-        name: "128k x8 over RDMA",
-        ratio: "MB/s of reads or writes, the less / of bare RDMA writes",
-        value: |results, state| {
-            let bare = results.median(rdma::DEVICE, state, rdma::WRITTEN, figure::MB_PER_S)?;
-            let own = |workload: Workload| {
-                results.median(
-                    rdma::OVER_RDMA,
-                    state,
-                    &workload.to_string(),
-                    figure::MB_PER_S,
-                )
-            };
-            Some(own(BIG_READ)?.min(own(BIG_WRITE)?) / bare)
-        },
-        states: ANY,
-        bound: AtLeast(0.5),
-        claim: Met,
     },
 ];
 

@@ -9,7 +9,7 @@ use crate::helpers::{EchoArgs, SpinArgs};
 
 const NOTES: &str = "\
 Examples:
-  farbus-bench --quick                    a first look, in less than four minutes
+  farbus-bench --quick                    a first look, in about four minutes
   farbus-bench --out docs/performance     all of it, with results.json and the plots in that directory
   farbus-bench --only limits,farbus --check
 
@@ -40,7 +40,7 @@ pub(crate) struct Options {
     /// How often everything is measured [default: 3; 2 with --quick].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) repeats: Option<u32>,
-    /// How long one measurement takes [default: 0.5; 0.3 with --quick]; limits, and workloads with several
+    /// How long one measurement takes [default: 0.4; 0.3 with --quick]; limits, and workloads with several
     /// queues or attachments, half of that.
     #[arg(long, value_name = "S", value_parser = seconds)]
     pub(crate) seconds: Option<f64>,
@@ -87,7 +87,7 @@ impl Options {
     }
 
     pub(crate) fn seconds(&self) -> f64 {
-        self.seconds.unwrap_or(if self.quick { 0.3 } else { 0.5 })
+        self.seconds.unwrap_or(if self.quick { 0.3 } else { 0.4 })
     }
 }
 

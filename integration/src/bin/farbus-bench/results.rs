@@ -199,11 +199,13 @@ impl Results {
     }
 
     /// Puts the rows into the order in which they are read: in that of their measurement, but the states of the
-    /// CPUs side by side, and all of a subject's workloads together.
+    /// CPUs side by side, all of a subject's workloads together, and what was not measured after what was.
     pub(crate) fn arrange(&mut self) {
         let mut order: Vec<(String, String)> = Vec::new();
         let mut subjects: Vec<String> = Vec::new();
-        for row in &self.rows {
+        let (measured, others): (Vec<&Row>, Vec<&Row>) =
+            self.rows.iter().partition(|row| !row.figures.is_empty());
+        for row in measured.into_iter().chain(others) {
             let key = (row.subject.clone(), row.workload.clone());
             if !order.contains(&key) {
                 order.push(key);
@@ -316,7 +318,7 @@ mod tests {
         let mut results = Results::default();
         for awake in Awake::BOTH {
             for (subject, workload) in [("a", "1"), ("b", "1"), ("a", "2")] {
-                results.add("farbus", subject, awake, workload, Figures::new());
+                results.add("farbus", subject, awake, workload, one());
             }
         }
         results.arrange();
@@ -326,6 +328,25 @@ mod tests {
             .map(|row| format!("{}{}{}", row.subject, row.workload, row.awake))
             .collect();
         assert_eq!(shown, ["a1H", "a1S", "a2H", "a2S", "b1H", "b1S"]);
+    }
+
+    #[test]
+    fn row_without_figures_is_the_last_of_its_subject() {
+        let mut results = Results::default();
+        results.remark("peers", "a", Awake::Halting, "1", "cannot".into());
+        for (subject, workload) in [("a", "2"), ("b", "1")] {
+            results.add("peers", subject, Awake::Halting, workload, one());
+        }
+        results.arrange();
+        let rows = results.rows().iter();
+        let shown: Vec<String> = rows
+            .map(|row| format!("{}{}", row.subject, row.workload))
+            .collect();
+        assert_eq!(shown, ["a2", "a1", "b1"]);
+    }
+
+    fn one() -> Figures {
+        Figures::from([(figure::P50.to_owned(), 1.0)])
     }
 
     #[test]

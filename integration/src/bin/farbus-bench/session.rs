@@ -133,7 +133,8 @@ impl Take<'_> {
         measure: impl FnOnce(&Plan) -> Result<Figures>,
     ) -> Result<()> {
         interrupt::check()?;
-        self.progress.show(subject, self.awake, workload);
+        self.progress
+            .show(&self.subject, self.awake, subject, workload);
         match measure(self.plan) {
             Ok(figures) => {
                 self.results
@@ -159,9 +160,13 @@ impl Take<'_> {
             .remark(self.part, subject, self.awake, workload, remark);
     }
 
-    /// The repeats of a subject that makes them itself.
+    /// The repeats of a subject that makes them itself; in a quick run there is one.
     pub(crate) fn rounds(&self) -> std::ops::Range<u32> {
-        0..self.plan.repeats
+        0..if self.plan.quick {
+            1
+        } else {
+            self.plan.repeats
+        }
     }
 
     /// Says in their rows that the subject cannot do these workloads.
@@ -246,17 +251,17 @@ impl Progress {
         }
     }
 
-    fn show(&mut self, subject: &str, awake: Awake, workload: &str) {
+    fn show(&mut self, turn: &str, awake: Awake, subject: &str, workload: &str) {
         let share = self.turn.saturating_sub(1) * 100 / self.turns.max(1);
         let time = self.begun.elapsed().as_secs();
         let clock = format!("{}:{:02}", time / 60, time % 60);
         if self.terminal {
             eprint!("\r\x1b[K{clock} {share:3} %  {awake}  {subject}: {workload}");
             let _ = std::io::stderr().flush();
-        } else if self.shown != format!("{subject} {awake}") {
-            // A log gets a line for each subject only.
-            self.shown = format!("{subject} {awake}");
-            eprintln!("{clock} {share:3} %  {awake}  {subject}");
+        } else if self.shown != format!("{turn} {awake}") {
+            // A log gets a line for each turn only.
+            self.shown = format!("{turn} {awake}");
+            eprintln!("{clock} {share:3} %  {awake}  {turn}");
         }
     }
 

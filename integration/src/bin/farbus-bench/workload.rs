@@ -85,7 +85,10 @@ impl Workload {
 
     /// One of the few that say most.
     fn is_essential(&self) -> bool {
-        [READ_1, READ_32, WRITE_32, BIG_READ, BIG_WRITE, READ_32_A8].contains(self)
+        [
+            READ_1, READ_32, WRITE_32, BIG_READ, BIG_WRITE, READ_32_Q4, READ_32_A8,
+        ]
+        .contains(self)
     }
 }
 
@@ -190,8 +193,12 @@ mod tests {
     }
 
     #[test]
-    fn quick_run_has_eight_attachments_too() {
-        assert!(all(true).contains(&READ_32_A8));
+    fn quick_run_has_several_queues_and_attachments_too() {
+        assert!(
+            [READ_32_Q4, READ_32_A8]
+                .iter()
+                .all(|wide| all(true).contains(wide))
+        );
         assert!(all(true).len() < all(false).len());
     }
 }
