@@ -143,12 +143,17 @@ pub(crate) fn count_calls(
     if take.repeat > 0 || take.awake != Awake::Halting || workload.is_wide() {
         return Ok(());
     }
+    if let Err(error) = has_tool("strace") {
+        take.missed("system calls", &Skip::because(error.to_string()));
+        return Ok(());
+    }
+    let counters = watched.iter().map(|one| SystemCalls::of(one.pid));
+    let Ok(counters) = counters.collect::<Result<Vec<_>, _>>() else {
+        let reason = "strace may not attach to processes: see /proc/sys/kernel/yama/ptrace_scope";
+        take.missed("system calls", &Skip::because(reason));
+        return Ok(());
+    };
     take.one(&workload.to_string(), |_| {
-        if let Err(error) = has_tool("strace") {
-            return Err(Skip::because(format!("system calls: {error}")));
-        }
-        let counters = watched.iter().map(|one| SystemCalls::of(one.pid));
-        let counters: Vec<SystemCalls> = counters.collect::<Result<_, _>>()?;
         load(Extent::Count(COUNTED))?;
         let mut figures = Figures::new();
         for (one, counter) in watched.iter().zip(counters) {
