@@ -1,6 +1,7 @@
 //! The workers' keeper as the daemon uses it: what workers say goes to the tasks of their attachments.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::id::AttachmentId;
+use super::process::Starting;
 use crate::api;
 use crate::custody::fdstore::FdStore;
 use crate::custody::messages::Link;
@@ -68,13 +70,37 @@ impl Custody {
         self.keeper.path()
     }
 
-    /// There is an attachment of this id now. Tells when its link is lost, and why.
+    /// There is an attachment of this id now, with the worker of this process id, if it has one. Tells when
+    /// its link is lost, and why.
     #[must_use]
-    pub fn admit(&self, id: &AttachmentId) -> watch::Receiver<Down> {
+    pub fn admit(&self, id: &AttachmentId, worker: Option<u32>) -> watch::Receiver<Down> {
         let mut entries = lock(&self.entries);
         let entry = entries.entry(id.to_string()).or_default();
-        self.keeper.admit(id.as_str());
+        match worker {
+            Some(pid) => self.keeper.appoint(id.as_str(), pid),
+            None => self.keeper.admit(id.as_str()),
+        }
         entry.down.subscribe()
+    }
+
+    /// Has the attachment's worker started: no other process gets what is held for it.
+    ///
+    /// # Errors
+    /// Those of `start`.
+    pub fn start_worker(
+        &self,
+        id: &AttachmentId,
+        start: impl FnOnce() -> io::Result<Starting>,
+    ) -> io::Result<Starting> {
+        self.keeper.appoint_started(id.as_str(), || {
+            let starting = start()?;
+            Ok((starting.pid(), starting))
+        })
+    }
+
+    /// The attachment's worker is dead.
+    pub fn worker_died(&self, id: &AttachmentId) {
+        self.keeper.dismiss(id.as_str());
     }
 
     /// All attachments of the daemon before are admitted.
