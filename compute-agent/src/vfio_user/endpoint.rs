@@ -193,11 +193,6 @@ impl Endpoint {
         self.listener.path()
     }
 
-    /// Whether a client is connected.
-    pub fn has_client(&self) -> bool {
-        self.client.is_some()
-    }
-
     /// Closes down in order: removes the socket file, ends the client's connection so that
     /// it notices, and brings the function to its initial state. To be called when the
     /// event loop is over or the endpoint was removed from it, since descriptors are closed
