@@ -208,12 +208,12 @@ fn claimants_of_a_lent_controller_get_equal_parts_and_keep_to_limits() -> TestRe
     let server = LendingServer::start(&host, &shell, &options)?;
 
     let load = ["--iodepth", "16"];
-    let [a, b] = claimant::share_out(&server.address, ["disk0/a", "disk0/b"], &load)?;
-    assert!(claimant::is_even(a, b), "{a:.0} and {b:.0} IOPS");
+    claimant::share_evenly(&server.address, ["disk0/a", "disk0/b"], &load)?;
     let loads = [("disk0/a", &load[..]), ("disk0/c", &load[..])];
-    let [_, c] = claimant::bench_both(&server.address, loads)?.map(|total| iops(&total));
-    println!("{c:.0} IOPS of 200");
-    assert!((180.0..=220.0).contains(&c), "{c:.0} IOPS");
+    claimant::keep_to([200.0], || {
+        let [_, c] = claimant::bench_both(&server.address, loads)?;
+        Ok([iops(&c)])
+    })?;
     server.terminate()?;
     host.quit()?;
     Ok(())
