@@ -7,6 +7,7 @@ mod bed;
 mod both;
 mod crash;
 mod endurance;
+mod impostor;
 mod life;
 mod load;
 mod manager;
