@@ -199,6 +199,19 @@ impl MachineBuilder {
         .parameter("iommu.strict=1")
     }
 
+    /// As [`Self::iommu`], one that has devices cache translations, which vhost-user backends do. A
+    /// guest that is not strict takes translations back late, and all of them at once.
+    #[must_use]
+    pub fn device_iommu(self, strict: bool) -> Self {
+        self.device(&json!({
+            "driver": "intel-iommu",
+            "intremap": "on",
+            "device-iotlb": true,
+        }))
+        .parameter("intel_iommu=on")
+        .parameter(&format!("iommu.strict={}", u8::from(strict)))
+    }
+
     /// Adds a raw image as block node `id`, for devices that QEMU emulates.
     #[must_use]
     pub fn block_node(self, id: &str, image: &Path) -> Self {
@@ -288,6 +301,25 @@ impl MachineBuilder {
         self.vhost_user_socket(&chardev, socket)
             .root_port(&port, &Value::Null)
             .device(&vhost_user_device(id, &port, &chardev, queues))
+    }
+
+    /// As [`Self::vhost_user_blk`], behind the machine's IOMMU.
+    #[must_use]
+    pub fn vhost_user_blk_behind_iommu(self, id: &str, socket: &Path, queues: u16) -> Self {
+        let (port, chardev) = (format!("rp-{id}"), format!("socket-{id}"));
+        let mut device = vhost_user_device(id, &port, &chardev, queues);
+        if let Some(properties) = device.as_object_mut() {
+            for (property, value) in [
+                ("iommu_platform", json!(true)),
+                ("ats", json!(true)),
+                ("disable-legacy", json!("on")),
+            ] {
+                properties.insert(property.into(), value);
+            }
+        }
+        self.vhost_user_socket(&chardev, socket)
+            .root_port(&port, &Value::Null)
+            .device(&device)
     }
 
     /// Starts QEMU and connects to its ports.

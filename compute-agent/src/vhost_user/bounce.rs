@@ -4,10 +4,9 @@
 #![forbid(unsafe_code)]
 
 use farbus_vfio::driver::DriverError;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::drive::{BounceId, Drive};
-use super::memory::Guest;
 use super::pieces::{self, Cursor};
 use super::request::Segment;
 
@@ -16,10 +15,10 @@ const CHUNK: u32 = 4096;
 
 /// Copies `len` bytes of a request's data, from `cursor` on, into a bounce buffer; false if the
 /// memory is not there any more.
-pub(super) fn gather(
+pub(super) fn gather<M: GuestMemory>(
     drive: &mut Drive,
     id: BounceId,
-    guest: &Guest,
+    guest: &M,
     segments: &[Segment],
     cursor: Cursor,
     len: u32,
@@ -41,10 +40,10 @@ pub(super) fn gather(
 
 /// Copies a bounce buffer into guest memory: which one, where its data belongs in the request, and
 /// how many bytes it has. False if the memory is not there any more.
-pub(super) fn scatter(
+pub(super) fn scatter<M: GuestMemory>(
     drive: &mut Drive,
     (id, cursor, len): (BounceId, Cursor, u32),
-    guest: &Guest,
+    guest: &M,
     segments: &[Segment],
 ) -> Result<bool, DriverError> {
     let mut at = 0;

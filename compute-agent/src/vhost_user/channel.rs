@@ -3,8 +3,9 @@
 //! The `vhost` crate's handler reads a message with calls that wait for the rest of one, and
 //! writes replies with calls that wait for a reader. A VMM could make this process wait for ever
 //! that way, so a message is handed to it only when all of it has come, and there is room for
-//! the reply. One kind of message is taken here: the crate gives no way to send on the channel that
-//! it carries.
+//! the reply. Two kinds of messages are taken here: the crate gives no way to send on the channel that
+//! one of them carries ([`super::back`]), and does not know the other, about translations
+//! ([`super::iommu`]).
 
 #![forbid(unsafe_code)]
 
@@ -23,16 +24,22 @@ use rustix::net::{
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE, VhostUserProtocolFeatures};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::back::{Back, Heard};
 use super::device::Device;
+use super::iommu::asks::MAX_ASKS;
+use super::iommu::message;
 
 /// Request u32, flags u32, size of the body u32, in the host's byte order.
-const HEADER: usize = 12;
+pub(super) const HEADER: usize = 12;
 /// Flags: version 1, this is a reply, a reply is wanted.
-const VERSION: u32 = 1;
-const REPLY: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
-/// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`.
-const CONFIG_CHANGE: u32 = 2;
+pub(super) const VERSION: u32 = 1;
+pub(super) const REPLY: u32 = 1 << 2;
+pub(super) const NEED_REPLY: u32 = 1 << 3;
+const VERSION_MASK: u32 = 0b11;
+/// `VHOST_USER_IOTLB_MSG`, which the crate lacks.
+const IOTLB: u32 = 22;
+/// Answers of the VMM that are looked at before other work has its turn.
+const ANSWERS: usize = 2 * MAX_ASKS;
 
 /// Why a client is let go.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +80,19 @@ pub struct Channel {
     stream: UnixStream,
     handler: BackendReqHandler<Mutex<Device>>,
     device: Arc<Mutex<Device>>,
-    back: Option<UnixStream>,
+    back: Option<Back>,
+    /// Channels back that the event loop has not heard of.
+    changes: Vec<BackChange>,
+    /// Answers of the VMM's. What it said before them may still be on the way.
+    answers: Vec<bool>,
+}
+
+/// A channel back that the event loop is to watch, or to forget.
+pub enum BackChange {
+    /// This one is new.
+    New(RawFd),
+    /// This one is no longer in use. It is open until the event loop has forgotten it.
+    Gone(Back),
 }
 
 /// The header of the next message, and the first word of its body.
@@ -94,7 +113,25 @@ impl Channel {
             handler,
             device,
             back: None,
+            changes: Vec::new(),
+            answers: Vec::with_capacity(ANSWERS),
         })
+    }
+
+    /// What the event loop is to watch, or to forget, since the last call.
+    pub fn back_changes(&mut self) -> Vec<BackChange> {
+        std::mem::take(&mut self.changes)
+    }
+
+    fn replace_back(&mut self, back: Option<Back>) {
+        if let Some(back) = &back {
+            self.changes.push(BackChange::New(back.as_raw_fd()));
+        }
+        let gone = std::mem::replace(&mut self.back, back);
+        self.changes.extend(gone.map(BackChange::Gone));
+        self.answers.clear();
+        let can_ask = self.back.is_some();
+        self.device().ask_anew(can_ask);
     }
 
     fn device(&self) -> MutexGuard<'_, Device> {
@@ -105,7 +142,7 @@ impl Channel {
     /// Handles the next message, if all of it is there.
     pub fn serve(&mut self) -> Result<Served, Ended> {
         let Some(next) = self.peek()? else {
-            return Ok(Served::None);
+            return self.hear();
         };
         // Room for any reply: a client that lets them pile up does not read them.
         if !self.is(PollFlags::OUT)? {
@@ -126,6 +163,10 @@ impl Channel {
         }
         if next.request == FrontendReq::SET_BACKEND_REQ_FD as u32 {
             self.take_back_channel(&next)?;
+            return Ok(Served::One);
+        }
+        if next.request == IOTLB {
+            self.take_translation(&next)?;
             return Ok(Served::One);
         }
         match self.handler.handle_request() {
@@ -194,16 +235,59 @@ impl Channel {
         {
             return Err(Ended::Protocol("a channel back was not agreed on"));
         }
-        let mut message = vec![0; HEADER + next.size];
+        let mut fds = self.take(&mut vec![0; next.size])?;
+        let (Some(fd), true) = (fds.pop(), fds.is_empty()) else {
+            return Err(Ended::Protocol("a channel back is one socket"));
+        };
+        let back = Back::new(fd).map_err(|_| Ended::Protocol("a channel back is one socket"))?;
+        self.replace_back(Some(back));
+        let acks = self
+            .device()
+            .has_protocol(VhostUserProtocolFeatures::REPLY_ACK);
+        if acks && next.flags & NEED_REPLY != 0 {
+            self.reply(next.request, 0)?;
+        }
+        Ok(())
+    }
+
+    /// `VHOST_USER_IOTLB_MSG`: what the VMM's IOMMU maps, or does not map any more.
+    fn take_translation(&mut self, next: &Peeked) -> Result<(), Ended> {
+        if next.flags & (VERSION_MASK | REPLY) != VERSION {
+            return Err(Ended::Protocol("a message about translations is a request"));
+        }
+        let mut body = [0; message::LEN];
+        if next.size != body.len() {
+            return Err(Ended::Protocol("a translation has another length"));
+        }
+        let fds = self.take(&mut body)?;
+        if !fds.is_empty() {
+            return Err(Ended::Protocol("a translation comes without descriptors"));
+        }
+        let done = match message::decode(&body) {
+            Ok(said) => self.device().hear(said),
+            Err(error) => {
+                debug!("the VMM is told no: {error}");
+                false
+            }
+        };
+        // Acknowledged always, whether other messages are or not: so it says in the description
+        // of this one.
+        self.reply(next.request, u64::from(!done))
+    }
+
+    /// Takes the next message whole; returns the descriptors that came with it.
+    fn take(&self, body: &mut [u8]) -> Result<Vec<OwnedFd>, Ended> {
+        let mut header = [0; HEADER];
+        let whole = HEADER + body.len();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = recvmsg(
             &self.stream,
-            &mut [IoSliceMut::new(&mut message)],
+            &mut [IoSliceMut::new(&mut header), IoSliceMut::new(body)],
             &mut ancillary,
             RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
         )?;
-        if received.bytes != message.len() {
+        if received.bytes != whole {
             return Err(Ended::Protocol("a message came in pieces"));
         }
         let mut fds: Vec<OwnedFd> = Vec::new();
@@ -212,25 +296,77 @@ impl Channel {
                 fds.extend(rights);
             }
         }
-        let (Some(fd), true) = (fds.pop(), fds.is_empty()) else {
-            return Err(Ended::Protocol("a channel back is one socket"));
-        };
-        self.back = Some(UnixStream::from(fd));
-        let acks = self
-            .device()
-            .has_protocol(VhostUserProtocolFeatures::REPLY_ACK);
-        if acks && next.flags & NEED_REPLY != 0 {
-            let mut reply = Vec::with_capacity(HEADER + 8);
-            for word in [next.request, VERSION | REPLY, 8, 0, 0] {
-                reply.extend(word.to_ne_bytes());
-            }
-            send(
-                &self.stream,
-                &reply,
-                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-            )?;
+        Ok(fds)
+    }
+
+    fn reply(&self, request: u32, value: u64) -> Result<(), Ended> {
+        let mut reply = [0; HEADER + 8];
+        let (low, high) = reply.split_at_mut(HEADER);
+        let words = [request, VERSION | REPLY, 8];
+        for (to, from) in low
+            .iter_mut()
+            .zip(words.iter().flat_map(|w| w.to_ne_bytes()))
+        {
+            *to = from;
         }
+        high.copy_from_slice(&value.to_ne_bytes());
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        send(&self.stream, &reply, flags)?;
         Ok(())
+    }
+
+    /// Hears the VMM's answers. There is no message of it now.
+    ///
+    /// An answer counts when all that the VMM has said before it has been heard. It says that on
+    /// the other socket, so an answer is read, and that socket looked at once more.
+    fn hear(&mut self) -> Result<Served, Ended> {
+        let answers = std::mem::take(&mut self.answers);
+        for refuses in &answers {
+            let answered = self.device().answered(*refuses);
+            answered.map_err(|_| Ended::Protocol("it answers what it was not asked"))?;
+        }
+        self.answers = answers;
+        self.answers.clear();
+        let Some(back) = &mut self.back else {
+            return Ok(Served::None);
+        };
+        while self.answers.len() < ANSWERS {
+            match back.hear()? {
+                Heard::Answer { refuses } => self.answers.push(refuses),
+                Heard::Nothing => break,
+                // A guest's addresses mean nothing when nobody can be asked for them.
+                Heard::Closed if self.device().is_behind_iommu() => return Err(Ended::Closed),
+                Heard::Closed => {
+                    self.replace_back(None);
+                    return Ok(Served::None);
+                }
+                Heard::Nonsense => return Err(Ended::Protocol("its answer makes no sense")),
+            }
+        }
+        Ok(if self.answers.is_empty() {
+            Served::None
+        } else {
+            Served::One
+        })
+    }
+
+    /// Puts to the VMM what the device has to know.
+    pub fn ask(&mut self) {
+        let Some(back) = &self.back else {
+            return;
+        };
+        let mut device = self.device();
+        while let Some(ask) = device.next_ask() {
+            match back.ask(ask) {
+                Ok(true) => device.asked(),
+                // When it has answered some there will be room.
+                Ok(false) => return,
+                Err(error) => {
+                    debug!("the VMM could not be asked: {error}");
+                    return;
+                }
+            }
+        }
     }
 
     /// Tells the VMM that the configuration space has changed.
@@ -239,15 +375,16 @@ impl Channel {
             debug!("the VMM has no channel to be told of a change");
             return;
         };
-        let mut message = Vec::with_capacity(HEADER);
-        for word in [CONFIG_CHANGE, VERSION, 0] {
-            message.extend(word.to_ne_bytes());
+        match back.config_changed() {
+            Ok(true) => {}
+            Ok(false) => debug!("the VMM has no room to be told of a change"),
+            Err(error) => debug!("the VMM could not be told of a change: {error}"),
         }
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        if let Err(error) = send(back, &message, flags) {
-            debug!("the VMM could not be told of a change: {error}");
-            self.back = None;
-        }
+    }
+
+    /// The channel back, at the end.
+    pub fn into_back(self) -> Option<Back> {
+        self.back
     }
 }
 

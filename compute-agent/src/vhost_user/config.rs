@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
@@ -37,6 +37,8 @@ pub struct Options {
     pub queue_size: u16,
     /// Nothing can be written.
     pub read_only: bool,
+    /// The guest's driver may be behind an IOMMU of the VMM's.
+    pub iommu: bool,
     /// What the guest reads as the drive's name, if not the drive's own serial number.
     pub serial: Option<String>,
 }
@@ -48,6 +50,7 @@ pub fn features(shape: &Shape, options: &Options) -> u64 {
         | 1 << VIRTIO_RING_F_INDIRECT_DESC
         | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     let mut add = |bit: u32, condition: bool| features |= u64::from(condition) << bit;
+    add(VIRTIO_F_ACCESS_PLATFORM, options.iommu);
     add(VIRTIO_BLK_F_SEG_MAX, true);
     add(VIRTIO_BLK_F_BLK_SIZE, true);
     add(VIRTIO_BLK_F_TOPOLOGY, true);

@@ -10,19 +10,24 @@ use std::sync::Arc;
 
 use farbus_vfio::Function;
 use farbus_vfio::driver::DriverError;
-use log::warn;
+use log::{info, warn};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::Options;
 use super::drive::{BounceId, Done, Drive, Shape};
 use super::inflight::Inflight;
+use super::iommu::asks::{Ask, NotAsked};
+use super::iommu::message::Said;
+use super::iommu::view::Behind;
+use super::iommu::{Counts, Iommu};
 use super::memory::Memory;
 use super::notifier::Notifier;
 use super::ring::{Ring, of_token};
-use super::vring::Vring;
+use super::vring::{BadVring, Vring};
 use super::work::Context;
 
 /// How often the queues are gone through before other work has its turn.
@@ -45,14 +50,19 @@ pub struct Worked {
     pub more: bool,
     /// The configuration space has changed.
     pub changed: bool,
+    /// There are questions for the VMM.
+    pub asks: bool,
 }
 
 /// What requests are judged by: a borrow of some fields, so that others can be changed.
 macro_rules! context {
     ($device:expr) => {{
         let flush = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE;
+        let guest = $device.memory.guest();
+        let is_behind = $device.acked >> VIRTIO_F_ACCESS_PLATFORM & 1 == 1;
         Context {
-            guest: $device.memory.guest(),
+            guest,
+            behind: is_behind.then(|| Behind::new(guest, &$device.iommu)),
             shape: &$device.shape,
             read_only: $device.options.read_only,
             // A driver that knows neither flushes nor modes counts on durable writes
@@ -70,6 +80,9 @@ pub struct Device {
     pub(super) shape: Shape,
     pub(super) drive: Option<Drive>,
     pub(super) memory: Memory,
+    pub(super) iommu: Iommu,
+    /// The VMM can be asked, and says when it has answered.
+    pub(super) can_ask: bool,
     pub(super) lost: Arc<EventFd>,
     pub(super) peer: Option<u32>,
     pub(super) acked: u64,
@@ -103,6 +116,8 @@ impl Device {
             shape,
             drive: Some(drive),
             memory: Memory::new(function, lost.clone()),
+            iommu: Iommu::default(),
+            can_ask: false,
             lost,
             peer: None,
             acked: 0,
@@ -146,12 +161,44 @@ impl Device {
         self.protocol & feature.bits() != 0
     }
 
-    /// A queue is to stop: nothing new is taken. Whether everything of it is answered.
+    /// Whether the guest's driver is behind an IOMMU, so that addresses have to be asked for.
+    pub fn is_behind_iommu(&self) -> bool {
+        self.acked >> VIRTIO_F_ACCESS_PLATFORM & 1 == 1
+    }
+
+    /// The VMM says what its IOMMU maps; whether that can be.
+    pub fn hear(&mut self, said: Said) -> bool {
+        self.is_behind_iommu() && self.iommu.hear(said, self.memory.guest())
+    }
+
+    /// There is a new channel on which the VMM can be asked, or none any more.
+    pub fn ask_anew(&mut self, there_is: bool) {
+        self.can_ask = there_is && self.has_protocol(VhostUserProtocolFeatures::REPLY_ACK);
+        self.iommu.ask_anew();
+    }
+
+    /// What the VMM is to be asked next.
+    pub fn next_ask(&self) -> Option<Ask> {
+        self.iommu.next_ask()
+    }
+
+    /// It was asked that.
+    pub fn asked(&mut self) {
+        self.iommu.asked();
+    }
+
+    /// It has answered the oldest question.
+    pub fn answered(&mut self, refuses: bool) -> Result<(), NotAsked> {
+        self.iommu.answered(refuses)
+    }
+
+    /// A queue is to stop: nothing new is taken. Whether it can.
     pub fn quiesce(&mut self, index: u32) -> bool {
+        let news = self.iommu.has_news();
         match self.vrings.get_mut(index as usize) {
             Some(vring) => {
                 vring.draining = true;
-                vring.outstanding() == 0
+                vring.can_stop(news)
             }
             None => true,
         }
@@ -164,6 +211,8 @@ impl Device {
 
     /// The client is gone: nothing of the drive's reaches its memory any more.
     pub fn close(&mut self) {
+        self.tell_of_iommu();
+        (self.iommu, self.can_ask) = (Iommu::default(), false);
         for vring in &mut self.vrings {
             let gone = std::mem::take(vring);
             self.stale_bounces
@@ -177,6 +226,22 @@ impl Device {
         (self.acked, self.protocol, self.peer) = (0, 0, None);
         self.writeback = true;
         self.fenced = true;
+    }
+
+    fn tell_of_iommu(&self) {
+        let counts = self.iommu.counts();
+        if counts != Counts::default() {
+            let Counts {
+                updates,
+                invalidations,
+                misses,
+                refusals,
+            } = counts;
+            info!(
+                "the VMM's IOMMU: {misses} addresses were asked for, {updates} mapped, {refusals} \
+                 refused, {invalidations} times some were taken back"
+            );
+        }
     }
 
     /// The drive came up again after it had failed: what was under way begins anew.
@@ -233,6 +298,13 @@ impl Device {
                 drive.free_bounce(id);
             }
         }
+        let is_behind = self.is_behind_iommu();
+        let news = is_behind && self.iommu.take_news();
+        if news {
+            for vring in &mut self.vrings {
+                vring.look_again();
+            }
+        }
         self.start_rings();
         let mut any = false;
         let mut more = true;
@@ -243,10 +315,19 @@ impl Device {
                 break;
             }
         }
-        for vring in &mut self.vrings {
-            vring.tell(self.memory.guest());
+        if news {
+            self.iommu.forget_refused();
         }
-        Ok(Worked { any, more, changed })
+        let context = context!(self);
+        for vring in &mut self.vrings {
+            vring.tell(&context);
+        }
+        Ok(Worked {
+            any,
+            more,
+            changed,
+            asks: is_behind && self.iommu.next_ask().is_some(),
+        })
     }
 
     fn round(&mut self, looks: bool) -> Result<bool, DriverError> {
@@ -261,6 +342,9 @@ impl Device {
             let Some(ring) = &mut vring.ring else {
                 continue;
             };
+            // To look is to ask the VMM, behind an IOMMU, and a fault if a driver is gone that said
+            // nothing: it has to be kicked for.
+            let looks = looks && !(context.behind.is_some() && ring.is_armed());
             if takes && (vring.kicked || looks || vring.kick.is_none()) {
                 vring.kicked = ring.take(&context);
                 any |= vring.kicked;
@@ -274,7 +358,7 @@ impl Device {
             let (index, head, bounced) = of_token(done.token);
             let ring = self.vrings.get_mut(usize::from(index));
             if let Some(ring) = ring.and_then(|vring| vring.ring.as_mut()) {
-                ring.completed(head, bounced, done, context.guest, drive)?;
+                ring.completed(head, bounced, done, &context, drive)?;
             }
         }
         Ok(any)
@@ -287,14 +371,18 @@ impl Device {
             return false;
         }
         let implied = self.is_enabling_implied();
+        let context = context!(self);
         let mut more = false;
         for vring in &mut self.vrings {
             if let Some(ring) = &mut vring.ring {
-                let any = ring.arm(self.memory.guest());
+                let any = ring.arm(&context);
                 vring.kicked |= any;
                 // One that is not to be taken from has its turn when it is; one without a kick
                 // is a VMM's way to ask for polling.
-                let takes = (vring.enabled || implied) && !vring.draining && !ring.is_broken();
+                let takes = (vring.enabled || implied)
+                    && !vring.draining
+                    && !ring.is_broken()
+                    && !ring.waits();
                 more |= (any || vring.kick.is_none()) && takes;
             }
         }
@@ -315,7 +403,12 @@ impl Device {
                 continue;
             }
             let inflight = self.inflight.as_ref();
-            if let Err(error) = vring.start(index, event_idx, &self.memory, inflight, &context) {
+            let begun = if context.behind.is_some() && !self.can_ask {
+                Err(BadVring::NobodyToAsk)
+            } else {
+                vring.start(index, event_idx, &self.memory, inflight, &context)
+            };
+            if let Err(error) = begun {
                 warn!("virtqueue {index} cannot be started: {error}");
                 vring.started = false;
                 if let Some(told) = &vring.error {

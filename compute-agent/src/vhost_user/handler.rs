@@ -16,11 +16,14 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
+
 use super::config::{self, WRITEBACK_AT};
 use super::device::{Change, Device};
 use super::inflight::{self, Inflight};
 use super::memory::MAX_REGIONS;
 use super::notifier::Notifier;
+use super::ring::Ring;
 use super::vring::{Addresses, Vring};
 
 fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
@@ -75,6 +78,13 @@ impl VhostUserBackendReqHandlerMut for Device {
         if features & !self.features() != 0 {
             return Err(Error::InvalidParam);
         }
+        let changes = self.acked ^ features;
+        if changes >> VIRTIO_F_ACCESS_PLATFORM & 1 == 1 {
+            if self.vrings.iter().any(|vring| vring.ring.is_some()) {
+                return Err(Error::InvalidOperation("queues are at work"));
+            }
+            self.iommu.abandon();
+        }
         self.acked = features;
         Ok(())
     }
@@ -88,6 +98,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         self.memory
             .replace(regions, files, self.peer)
             .map_err(refused)?;
+        self.iommu.flush();
         Ok(None)
     }
 
@@ -125,7 +136,15 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let vring = self.vring(index)?;
+        let held: Vec<_> = vring.ring.iter().flat_map(Ring::bounces).collect();
         let base = vring.stop();
+        if let Some(drive) = &mut self.drive {
+            held.into_iter().for_each(|id| drive.free_bounce(id));
+        }
+        if !self.vrings.iter().any(|vring| vring.started) {
+            // From now on nobody says what is taken back.
+            self.iommu.abandon();
+        }
         Ok(VhostUserVringState::new(index, base.into()))
     }
 
@@ -256,10 +275,12 @@ impl VhostUserBackendReqHandlerMut for Device {
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
         self.memory.add(region, file, self.peer).map_err(refused)?;
+        self.iommu.flush();
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.iommu.flush();
         self.memory.remove(region).map_err(refused)
     }
 

@@ -11,7 +11,7 @@ use farbus_vfio::{DmaAccess, DmaWindow, Function, FunctionError, Iova};
 use rustix::fs::fstat;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{
-    GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
+    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
     GuestRegionCollection, GuestUsize, MemoryRegionAddress, VolatileMemory, VolatileSlice,
 };
 use vmm_sys_util::eventfd::EventFd;
@@ -107,6 +107,31 @@ impl GuestMemoryRegionBytes for Region {}
 /// Guest memory as `virtio-queue` and the parsers take it.
 pub type Guest = GuestRegionCollection<Region>;
 
+/// Where in which region the VMM has something at one of its own addresses.
+pub fn by_user(guest: &Guest, user: u64) -> Option<(&Region, MemoryRegionAddress)> {
+    guest.iter().find_map(|region| {
+        let offset = user.checked_sub(region.identity.user)?;
+        (offset < region.identity.size).then_some((region, MemoryRegionAddress(offset)))
+    })
+}
+
+/// Whether the VMM has shared all of its own memory from `user` on, and `more` bytes after that.
+pub fn has_user_range(guest: &Guest, user: u64, more: u64) -> bool {
+    let (mut at, mut more) = (user, more);
+    while let Some((region, offset)) = by_user(guest, at) {
+        let here = region.identity.size - offset.0;
+        if more < here {
+            return true;
+        }
+        more -= here;
+        match at.checked_add(here) {
+            Some(next) => at = next,
+            None => return false,
+        }
+    }
+    false
+}
+
 /// All memory of one client.
 pub struct Memory {
     function: Arc<dyn Function>,
@@ -138,10 +163,8 @@ impl Memory {
 
     /// The guest address of what the VMM has at one of its own addresses.
     pub fn address_of(&self, user: u64) -> Option<u64> {
-        self.regions.iter().find_map(|region| {
-            let offset = user.checked_sub(region.identity.user)?;
-            (offset < region.identity.size).then(|| region.identity.address + offset)
-        })
+        let (region, offset) = by_user(&self.guest, user)?;
+        Some(region.identity.address + offset.0)
     }
 
     /// Replaces all regions. Those that stay are not touched, so that requests go on in them.

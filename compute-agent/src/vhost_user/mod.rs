@@ -10,8 +10,10 @@
 //!   [`notifier`], [`vring`]: what they set up.
 //! - [`ring`], [`chain`], [`request`], [`work`], [`pieces`]: from the available ring to commands of
 //!   the drive and back; [`inflight`]: what survives this process.
+//! - [`iommu`], [`space`]: guests whose driver is behind an IOMMU.
 //! - [`drive`]: the drive's driver.
 
+pub mod back;
 mod bounce;
 pub mod chain;
 pub mod channel;
@@ -22,6 +24,7 @@ pub mod drive;
 mod fuzz;
 mod handler;
 pub mod inflight;
+pub mod iommu;
 pub mod memory;
 pub mod notifier;
 pub mod pieces;
@@ -29,8 +32,10 @@ mod reactor;
 pub mod request;
 pub mod ring;
 pub mod socket;
+pub mod space;
 pub mod vring;
 pub mod work;
 pub mod worker;
 
 pub use fuzz::fuzz_request;
+pub use iommu::fuzz_iotlb;

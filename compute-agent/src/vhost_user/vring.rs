@@ -2,16 +2,20 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, Permissions};
 
 use super::inflight::Inflight;
-use super::memory::{Guest, Memory};
+use super::memory::Memory;
 use super::notifier::Notifier;
-use super::ring::Ring;
+use super::ring::{Ring, in_space};
+use super::space::{Found, Space};
 use super::work::Context;
 
-/// Where the parts of a queue are in the VMM's own memory.
+/// Where the parts of a queue are: in the VMM's own memory, or, behind an IOMMU, as the driver names
+/// them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Addresses {
     /// The descriptor table.
@@ -31,6 +35,31 @@ pub enum BadVring {
     /// A part of it is not in the guest's memory.
     #[error("a part of it is not in the guest's memory, or is misaligned")]
     Place,
+    /// There is an IOMMU that nobody can be asked about.
+    #[error(
+        "its driver is behind an IOMMU, and the VMM has given no channel to ask where memory is, \
+         or does not acknowledge requests"
+    )]
+    NobodyToAsk,
+}
+
+/// Whether all parts of a queue can be used. All that is missing is asked for.
+pub(super) fn find<S: Space>(space: &S, queue: &Queue) -> Found {
+    let size = u64::from(queue.size());
+    // Virtio 1.2 §2.7: with the index of the other side at the end of each ring.
+    let parts = [
+        (queue.desc_table(), 16 * size, Permissions::Read),
+        (queue.avail_ring(), 6 + 2 * size, Permissions::Read),
+        (queue.used_ring(), 6 + 8 * size, Permissions::ReadWrite),
+    ];
+    let found = parts.map(|(address, len, access)| space.find(address, len, access));
+    if found.contains(&Found::Refused) {
+        Found::Refused
+    } else if found.contains(&Found::Missing) {
+        Found::Missing
+    } else {
+        Found::Here
+    }
 }
 
 /// See the module's own description.
@@ -67,7 +96,8 @@ pub struct Vring {
 }
 
 impl Vring {
-    /// Puts the ring to work, where the former backend or the former run has left it.
+    /// Puts the ring to work, where the former backend or the former run has left it; whether that
+    /// was possible yet.
     pub fn start(
         &mut self,
         index: u16,
@@ -75,12 +105,15 @@ impl Vring {
         memory: &Memory,
         inflight: Option<&Inflight>,
         context: &Context<'_>,
-    ) -> Result<(), BadVring> {
-        let guest = memory.guest();
-        let mut queue = self.queue(memory)?;
+    ) -> Result<bool, BadVring> {
+        let mut queue = self.queue(memory, context)?;
         queue.set_event_idx(event_idx);
-        let used = queue
-            .used_idx(guest, std::sync::atomic::Ordering::Acquire)
+        match in_space!(context, space => find(space, &queue)) {
+            Found::Here => {}
+            Found::Missing => return Ok(false),
+            Found::Refused => return Err(BadVring::Place),
+        }
+        let used = in_space!(context, space => queue.used_idx(space, Ordering::Acquire))
             .map_err(|_| BadVring::Place)?
             .0;
         queue.set_next_used(used);
@@ -98,14 +131,17 @@ impl Vring {
         self.ring = Some(ring);
         self.kicked = true;
         (self.tells_anyway, self.told_broken) = (true, false);
-        Ok(())
+        Ok(true)
     }
 
-    fn queue(&self, memory: &Memory) -> Result<Queue, BadVring> {
+    fn queue(&self, memory: &Memory, context: &Context<'_>) -> Result<Queue, BadVring> {
         let bad = || BadVring::Size(self.size);
         let mut queue = Queue::new(self.size).map_err(|_| bad())?;
-        let place = |user| {
-            let address = memory.address_of(user).ok_or(BadVring::Place);
+        let place = |address| {
+            if context.behind.is_some() {
+                return Ok(GuestAddress(address));
+            }
+            let address = memory.address_of(address).ok_or(BadVring::Place);
             address.map(GuestAddress)
         };
         let addresses = self.addresses.ok_or(BadVring::Place)?;
@@ -121,7 +157,7 @@ impl Vring {
             .try_set_used_ring_address(place(addresses.used)?)
             .map_err(misplaced)?;
         queue.set_ready(true);
-        if !queue.is_valid(memory.guest()) {
+        if !in_space!(context, space => queue.is_valid(space)) {
             return Err(BadVring::Place);
         }
         Ok(queue)
@@ -136,17 +172,25 @@ impl Vring {
         self.base
     }
 
-    /// Requests that are not answered.
-    pub fn outstanding(&self) -> usize {
-        self.ring.as_ref().map_or(0, Ring::outstanding)
+    /// The VMM has said something of what was missing.
+    pub fn look_again(&mut self) {
+        if let Some(ring) = self.ring.as_mut().filter(|ring| ring.waits()) {
+            ring.look_again();
+            self.kicked = true;
+        }
+    }
+
+    /// Whether it can be taken from work.
+    pub fn can_stop(&self, news: bool) -> bool {
+        self.ring.as_ref().is_none_or(|ring| ring.can_stop(news))
     }
 
     /// Tells whoever is to be told of what has happened.
-    pub fn tell(&mut self, guest: &Guest) {
+    pub fn tell(&mut self, context: &Context<'_>) {
         let Some(ring) = &mut self.ring else {
             return;
         };
-        let wanted = ring.is_to_be_told(guest);
+        let wanted = ring.is_to_be_told(context);
         if let (true, Some(call)) = (wanted || self.tells_anyway, &self.call) {
             call.signal();
             self.tells_anyway = false;

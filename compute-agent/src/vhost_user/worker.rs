@@ -17,7 +17,7 @@ use log::{info, warn};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::channel::{Channel, Ended, Served};
+use super::channel::{BackChange, Channel, Ended, Served};
 use super::config::Options;
 use super::device::{Change, Device, Worked};
 use super::drive::{BringUp, Drive};
@@ -45,6 +45,7 @@ const LISTENER: u32 = 3;
 const CLIENT: u32 = 4;
 const LOST: u32 = 5;
 const BROUGHT_UP: u32 = 6;
+const BACK: u32 = 7;
 const KICK: u32 = 16;
 
 /// See the module's own description.
@@ -246,7 +247,7 @@ impl Worker {
                     }
                 }
                 LISTENER => self.accept()?,
-                CLIENT => self.unread = true,
+                CLIENT | BACK => self.unread = true,
                 LOST => {
                     let _ = self.lost.read();
                 }
@@ -283,8 +284,13 @@ impl Worker {
             return Ok(Worked::default());
         };
         let worked = lock(device).work(self.looking).context("the drive")?;
-        if let (true, Some(channel)) = (worked.changed, &mut self.channel) {
-            channel.config_changed();
+        if let Some(channel) = &mut self.channel {
+            if worked.changed {
+                channel.config_changed();
+            }
+            if worked.asks {
+                channel.ask();
+            }
         }
         Ok(worked)
     }
@@ -345,6 +351,7 @@ impl Worker {
         (self.unread, self.waits) = (false, false);
         // A pipe that the VMM has closed would be an event for ever.
         let kicks = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let answers = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         for _ in 0..BURST {
             let served = channel.serve();
             let changes = lock(device).changes();
@@ -360,6 +367,12 @@ impl Worker {
                     Change::Gone(kick) => self.reactor.remove(kick.as_raw_fd()),
                 };
                 done?;
+            }
+            for change in channel.back_changes() {
+                match change {
+                    BackChange::New(fd) => self.reactor.add(fd, BACK, answers)?,
+                    BackChange::Gone(back) => self.reactor.remove(back.as_raw_fd())?,
+                }
             }
             match served {
                 Ok(Served::One) => {}
@@ -383,6 +396,9 @@ impl Worker {
         }
         if let Some(channel) = self.channel.take() {
             self.reactor.remove(channel.as_raw_fd())?;
+            if let Some(back) = channel.into_back() {
+                self.reactor.remove(back.as_raw_fd())?;
+            }
         }
         (self.unread, self.waits) = (false, false);
         if let Some(device) = &self.device {
@@ -407,7 +423,9 @@ impl Worker {
     }
 
     fn end(mut self) -> anyhow::Result<()> {
-        drop(self.channel.take());
+        if let (Some(_), Some(device)) = (self.channel.take(), &self.device) {
+            lock(device).close();
+        }
         drop(self.socket.take());
         self.remote.release();
         if let Some(drive) = self.device.take().and_then(|d| lock(&d).take_drive()) {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use farbus_compute_agent::vhost_user::config::Options;
 use farbus_compute_agent::vhost_user::device::Device;
 use farbus_compute_agent::vhost_user::drive::Drive;
+use farbus_compute_agent::vhost_user::iommu::message::Said;
 use farbus_vfio::Function;
 use farbus_vfio::soft_nvme::{SoftNvme, SoftNvmeConfig};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -14,7 +15,7 @@ use vhost::vhost_user::VhostUserBackendReqHandlerMut;
 use vhost::vhost_user::message::{
     VhostUserInflight, VhostUserMemoryRegion, VhostUserVringAddrFlags,
 };
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, FileOffset, MmapRegion, Permissions, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Guest memory in bytes, at guest address 0.
@@ -39,8 +40,32 @@ pub(crate) const INDIRECT: u16 = 4;
 /// A buffer of a chain: guest address, length, whether the device may write.
 pub(crate) type Buffer = (u64, u32, bool);
 
+/// Feature bits: the event index, and an IOMMU.
+const EVENT_INDEX: u64 = 1 << 29;
+const ACCESS_PLATFORM: u64 = 1 << 33;
+/// Protocol feature bits: acknowledgements, a channel back.
+const ASKS: u64 = 1 << 3 | 1 << 5;
+
+/// What the VMM's IOMMU does. Neighbouring pages change places, so that nothing of more than a page
+/// is in one piece, and nothing is where its address says.
+#[derive(Default)]
+pub(crate) struct Mappings {
+    /// Pages that are not mapped.
+    pub(crate) holes: Vec<u64>,
+    /// Pages that the device may only read.
+    pub(crate) read_only: Vec<u64>,
+    /// Questions so far.
+    pub(crate) asked: Vec<u64>,
+    /// Questions are left unanswered.
+    pub(crate) silent: bool,
+}
+
+pub(crate) const PAGE: u64 = 4096;
+
 pub(crate) struct Guest {
     pub(crate) device: Device,
+    /// The IOMMU that the driver is behind, if it is.
+    pub(crate) iommu: Option<Mappings>,
     pub(crate) memory: MmapRegion,
     file: File,
     function: Arc<dyn Function>,
@@ -58,6 +83,7 @@ pub(crate) fn options() -> Options {
         num_queues: 2,
         queue_size: 64,
         read_only: false,
+        iommu: true,
         serial: Some("serial".into()),
     }
 }
@@ -80,6 +106,16 @@ impl Guest {
     }
 
     pub(crate) fn with(spec: &str, options: Options, tracks: bool) -> Self {
+        Self::placed(spec, options, tracks, None)
+    }
+
+    /// As [`Self::with`], with a driver behind an IOMMU if there is one.
+    pub(crate) fn placed(
+        spec: &str,
+        options: Options,
+        tracks: bool,
+        iommu: Option<Mappings>,
+    ) -> Self {
         let config: SoftNvmeConfig = format!("backing=memory,size=8MiB,{spec}")
             .trim_end_matches(',')
             .parse()
@@ -90,6 +126,7 @@ impl Guest {
         let shared = FileOffset::new(file.try_clone().unwrap(), 0);
         let mut guest = Self {
             device: device(&function, &options),
+            iommu,
             memory: MmapRegion::from_file(shared, MEMORY as usize).unwrap(),
             file,
             function,
@@ -111,7 +148,13 @@ impl Guest {
     /// What a VMM says to a backend that it has connected to.
     pub(crate) fn set_up(&mut self) {
         let device = &mut self.device;
-        let features = device.get_features().unwrap() & !(1 << 29);
+        let mut features = device.get_features().unwrap() & !EVENT_INDEX;
+        if self.iommu.is_some() {
+            device.set_protocol_features(ASKS).unwrap();
+            device.ask_anew(true);
+        } else {
+            features &= !ACCESS_PLATFORM;
+        }
         device.set_features(features).unwrap();
         let region = VhostUserMemoryRegion::new(0, MEMORY, USER, 0);
         device
@@ -127,7 +170,8 @@ impl Guest {
         device.set_vring_num(0, SIZE.into()).unwrap();
         device.set_vring_base(0, self.seen.into()).unwrap();
         let flags = VhostUserVringAddrFlags::empty();
-        let at = |address| USER + address;
+        let base = if self.iommu.is_some() { 0 } else { USER };
+        let at = |address| base + address;
         device
             .set_vring_addr(0, flags, at(TABLE), at(USED), at(AVAILABLE), 0)
             .unwrap();
@@ -135,6 +179,11 @@ impl Guest {
         device.set_vring_err(0, Some(same(&self.error))).unwrap();
         device.set_vring_kick(0, None).unwrap();
         device.set_vring_enable(0, true).unwrap();
+    }
+
+    /// The queue was stopped, and is started again as a VMM does that keeps the inflight record.
+    pub(crate) fn go_on(&mut self) {
+        self.device.set_vring_kick(0, None).unwrap();
     }
 
     /// The backend is killed, as far as the drive and the guest can tell, and started again.
@@ -170,16 +219,86 @@ impl Guest {
         self.device.drive_is_back(drive);
     }
 
+    /// Where in memory something is that the driver has at this address.
+    fn place(&self, address: u64) -> u64 {
+        match &self.iommu {
+            Some(_) => address ^ PAGE,
+            None => address,
+        }
+    }
+
+    /// The parts of a range that are in one piece: where in memory, and which bytes.
+    fn parts(&self, address: u64, len: usize) -> Vec<(usize, std::ops::Range<usize>)> {
+        let mut parts = Vec::new();
+        let mut done = 0;
+        while done < len {
+            let at = address + done as u64;
+            let here = (PAGE - at % PAGE).min((len - done) as u64) as usize;
+            parts.push((self.place(at) as usize, done..done + here));
+            done += here;
+        }
+        parts
+    }
+
     pub(crate) fn put(&self, address: u64, bytes: &[u8]) {
         let slice = self.memory.as_volatile_slice();
-        slice.write_slice(bytes, address as usize).unwrap();
+        for (at, range) in self.parts(address, bytes.len()) {
+            slice.write_slice(&bytes[range], at).unwrap();
+        }
     }
 
     pub(crate) fn get(&self, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         let slice = self.memory.as_volatile_slice();
-        slice.read_slice(&mut bytes, address as usize).unwrap();
+        for (at, range) in self.parts(address, len) {
+            slice.read_slice(&mut bytes[range], at).unwrap();
+        }
         bytes
+    }
+
+    /// Has the device do what it can, and answers what it asks.
+    pub(crate) fn work(&mut self) {
+        self.device.work(true).unwrap();
+        self.answer_asks();
+    }
+
+    /// What a VMM does when it is asked.
+    pub(crate) fn answer_asks(&mut self) {
+        let Some(mappings) = &mut self.iommu else {
+            assert!(self.device.next_ask().is_none(), "nobody could answer");
+            return;
+        };
+        if mappings.silent {
+            return;
+        }
+        while let Some(ask) = self.device.next_ask() {
+            self.device.asked();
+            let page = ask.address & !(PAGE - 1);
+            mappings.asked.push(page);
+            let access = if mappings.read_only.contains(&page) {
+                Permissions::Read
+            } else {
+                Permissions::ReadWrite
+            };
+            let is_mapped = page < MEMORY && !mappings.holes.contains(&page);
+            if is_mapped && access.allow(ask.access) {
+                let update = Said::Update {
+                    first: page,
+                    last: page + PAGE - 1,
+                    user: USER + (page ^ PAGE),
+                    access,
+                };
+                assert!(self.device.hear(update));
+                self.device.answered(false).unwrap();
+            } else {
+                self.device.answered(true).unwrap();
+            }
+        }
+    }
+
+    /// The guest unmaps a range, and whoever has it cached forgets it.
+    pub(crate) fn invalidate(&mut self, first: u64, last: u64) {
+        assert!(self.device.hear(Said::Invalidate { first, last }));
     }
 
     pub(crate) fn descriptor(
@@ -225,7 +344,7 @@ impl Guest {
     pub(crate) fn work_until(&mut self, mut condition: impl FnMut(&mut Self) -> bool) -> bool {
         let deadline = Instant::now() + Duration::from_secs(20);
         while Instant::now() < deadline {
-            self.device.work(true).unwrap();
+            self.work();
             if condition(self) {
                 return true;
             }

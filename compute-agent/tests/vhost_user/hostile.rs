@@ -183,7 +183,7 @@ proptest! {
             guest.offer(*head);
         }
         for _ in 0..200 {
-            guest.device.work(true).unwrap();
+            guest.work();
         }
         next_client_is_served(&mut guest);
     }

@@ -7,9 +7,15 @@
     clippy::panic,
     reason = "a test stops where it cannot go on"
 )]
+#![allow(
+    clippy::duplicate_mod,
+    reason = "the same tests are run of a guest behind an IOMMU"
+)]
 
+mod behind;
 mod harness;
 mod hostile;
+mod iommu;
 mod memory;
 mod messages;
 mod recovery;

@@ -1,6 +1,8 @@
 //! A VMM that sends what it likes.
 
+use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,11 +13,20 @@ use farbus_compute_agent::vhost_user::drive::Drive;
 use farbus_vfio::Function;
 use farbus_vfio::soft_nvme::{SoftNvme, SoftNvmeConfig};
 use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::vhost_user::VhostUserBackendReqHandlerMut;
+use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserVringAddrFlags};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::harness::options;
+use super::harness::{USER, options};
 
 fn connected() -> (UnixStream, Channel) {
+    let (ours, channel, _) = connected_to_device();
+    (ours, channel)
+}
+
+fn connected_to_device() -> (UnixStream, Channel, Arc<Mutex<Device>>) {
     let config: SoftNvmeConfig = "backing=memory,size=8MiB".parse().unwrap();
     let function: Arc<dyn Function> = Arc::new(SoftNvme::open(&config).unwrap());
     let drive = Drive::bring_up(function.clone(), 1).unwrap();
@@ -24,8 +35,9 @@ fn connected() -> (UnixStream, Channel) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(10)))
         .unwrap();
-    let channel = Channel::new(theirs, Arc::new(Mutex::new(device))).unwrap();
-    (ours, channel)
+    let device = Arc::new(Mutex::new(device));
+    let channel = Channel::new(theirs, device.clone()).unwrap();
+    (ours, channel, device)
 }
 
 fn message(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
@@ -41,6 +53,8 @@ const GET_FEATURES: u32 = 1;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const SET_PROTOCOL_FEATURES: u32 = 16;
 const GET_CONFIG: u32 = 24;
+const SET_BACKEND_REQ_FD: u32 = 21;
+const IOTLB: u32 = 22;
 
 fn reply(stream: &mut UnixStream) -> Vec<u8> {
     let mut head = [0; 12];
@@ -68,9 +82,9 @@ fn configuration_space_says_what_the_drive_is() {
     let config: Vec<u8> = [0u32, 60, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();
     ask(GET_CONFIG, &[config, vec![0; 60]].concat());
     let features = number(&reply(&mut ours));
-    // VERSION_1, event index, indirect, protocol features; multiqueue, flush, topology, write
+    // VERSION_1, access platform, event index, indirect, protocol features; multiqueue, flush, topology, write
     // cache, discard, write zeroes.
-    for bit in [32, 29, 28, 30, 12, 9, 10, 11, 13, 14, 2, 6] {
+    for bit in [32, 33, 29, 28, 30, 12, 9, 10, 11, 13, 14, 2, 6] {
         assert!(features >> bit & 1 == 1, "bit {bit} of {features:#x}");
     }
     let protocol = number(&reply(&mut ours));
@@ -124,8 +138,182 @@ fn message_that_is_too_long_or_not_known_ends_the_connection() {
     assert!(matches!(channel.serve(), Err(Ended::Closed)));
 }
 
+/// `struct vhost_iotlb_msg`.
+fn translation(first: u64, size: u64, user: u64, access: u8, kind: u8) -> Vec<u8> {
+    let words = [first, size, user].map(u64::to_ne_bytes).concat();
+    [words, vec![access, kind], vec![0; 6]].concat()
+}
+
+/// A client whose guest is behind an IOMMU, with a channel back.
+fn behind_iommu() -> (UnixStream, UnixStream, Channel, Arc<Mutex<Device>>) {
+    let (ours, mut channel, device) = connected_to_device();
+    {
+        let mut device = device.lock().unwrap();
+        let features = device.get_features().unwrap() & !(1 << 29);
+        device.set_features(features).unwrap();
+        device.set_protocol_features(1 << 3 | 1 << 5).unwrap();
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(1 << 20).unwrap();
+        let region = VhostUserMemoryRegion::new(0, 1 << 20, USER, 0);
+        device.set_mem_table(&[region], vec![file], None).unwrap();
+    }
+    let (back, theirs) = UnixStream::pair().unwrap();
+    back.set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let whole = message(SET_BACKEND_REQ_FD, 1, &[]);
+    ours.send_with_fd(&whole[..], theirs.as_raw_fd()).unwrap();
+    assert_eq!(channel.serve().unwrap(), Served::One);
+    (ours, back, channel, device)
+}
+
+#[test]
+fn translations_are_acknowledged_or_refused() {
+    let (mut ours, _back, mut channel, _) = behind_iommu();
+    for (body, refused) in [
+        (translation(0x1000, 0x1000, USER, 3, 2), 0),
+        (translation(0x1000, 0x1000, 0, 0, 3), 0),
+        (translation(0, 0, 0, 0, 3), 0),
+        (translation(0x1000, u64::MAX, 0, 0, 3), 0),
+        (translation(0x1000, 0x1000, USER, 0, 2), 1),
+        (translation(0x1000, 0, USER, 3, 2), 1),
+        (translation(0x1000, 1 << 21, USER, 3, 2), 1),
+        (translation(0x1000, 0x1000, 0, 3, 2), 1),
+        (translation(0x1000, 0x1000, USER, 3, 1), 1),
+        (translation(0x1000, 0x1000, USER, 3, 4), 1),
+    ] {
+        ours.write_all(&message(IOTLB, 9, &body)).unwrap();
+        assert_eq!(channel.serve().unwrap(), Served::One);
+        assert_eq!(number(&reply(&mut ours)), refused, "{body:?}");
+    }
+}
+
+#[test]
+fn iommu_that_the_operator_does_not_want_is_not_offered() {
+    use farbus_compute_agent::vhost_user::config::Options;
+    let without = Options {
+        iommu: false,
+        ..options()
+    };
+    let guest = super::harness::Guest::with("", without, false);
+    let mut device = guest.device;
+    let offered = device.get_features().unwrap();
+    assert_eq!(offered >> 33 & 1, 0);
+    assert!(device.set_features(offered | 1 << 33).is_err());
+}
+
+#[test]
+fn translations_without_an_iommu_are_refused() {
+    let (mut ours, mut channel) = connected();
+    let body = translation(0x1000, 0x1000, USER, 3, 2);
+    ours.write_all(&message(IOTLB, 9, &body)).unwrap();
+    assert_eq!(channel.serve().unwrap(), Served::One);
+    assert_eq!(number(&reply(&mut ours)), 1);
+}
+
+#[test]
+fn translation_that_is_no_message_ends_the_connection() {
+    let body = translation(0x1000, 0x1000, USER, 3, 2);
+    for whole in [
+        message(IOTLB, 9, &body[..26]),
+        message(IOTLB, 9, &[&body[..], &[0]].concat()),
+        message(IOTLB, 13, &body),
+        message(IOTLB, 0, &body),
+    ] {
+        let (mut ours, _back, mut channel, _) = behind_iommu();
+        ours.write_all(&whole).unwrap();
+        assert!(matches!(channel.serve(), Err(Ended::Protocol(_))));
+    }
+    let (ours, _back, mut channel, _) = behind_iommu();
+    let whole = message(IOTLB, 9, &body);
+    ours.send_with_fd(&whole[..], ours.as_raw_fd()).unwrap();
+    assert!(matches!(channel.serve(), Err(Ended::Protocol(_))));
+}
+
+#[test]
+fn answer_counts_after_what_was_said_before_it_on_the_other_socket() {
+    let (mut ours, mut back, mut channel, device) = behind_iommu();
+    {
+        let mut device = device.lock().unwrap();
+        let flags = VhostUserVringAddrFlags::empty();
+        device.set_vring_num(0, 16).unwrap();
+        let (table, used, available) = (0x10_0000, 0x10_0400, 0x10_0200);
+        device
+            .set_vring_addr(0, flags, table, used, available, 0)
+            .unwrap();
+        device.set_vring_kick(0, None).unwrap();
+        device.set_vring_enable(0, true).unwrap();
+        assert!(device.work(true).unwrap().asks);
+    }
+    channel.ask();
+    // All parts are in one page: to be read, and to be read and written.
+    for access in [1, 3] {
+        let mut asked = [0; 44];
+        back.read_exact(&mut asked).unwrap();
+        let header = [1u32, 9, 32].map(u32::to_ne_bytes).concat();
+        assert_eq!(asked[..12], header);
+        let page = number(&asked[12..]) & !4095;
+        assert_eq!((page, asked[36], asked[37]), (0x10_0000, access, 1));
+    }
+    // Nothing is refused, although all answers are there before any translation is looked at.
+    let answer = message(1, 5, &[0; 8]);
+    back.write_all(&[&answer[..], &answer[..]].concat())
+        .unwrap();
+    let body = translation(0x10_0000, 0x1000, USER, 3, 2);
+    ours.write_all(&message(IOTLB, 9, &body)).unwrap();
+    while channel.serve().unwrap() == Served::One {}
+    assert_eq!(number(&reply(&mut ours)), 0);
+    let mut device = device.lock().unwrap();
+    device.work(true).unwrap();
+    assert!(device.next_ask().is_none(), "the queue has not started");
+    let base = device.get_vring_base(0).unwrap().num;
+    assert_eq!(base, 0);
+}
+
+#[test]
+fn answers_to_nothing_and_answers_that_are_none_end_the_connection() {
+    for said in [
+        message(1, 5, &[0; 8]),
+        message(2, 5, &[0; 8]),
+        message(1, 1, &[0; 8]),
+        message(1, 5, &[0; 16]),
+        vec![0xff; 20],
+    ] {
+        let (_ours, mut back, mut channel, _) = behind_iommu();
+        back.write_all(&said).unwrap();
+        let ended = (0..3).find_map(|_| channel.serve().err());
+        assert!(matches!(ended, Some(Ended::Protocol(_))), "{ended:?}");
+    }
+    let (_ours, back, mut channel, _) = behind_iommu();
+    drop(back);
+    assert!(matches!(channel.serve(), Err(Ended::Closed)));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Any translations and answers, in any order.
+    #[test]
+    fn arbitrary_translations_end_the_connection_at_worst(
+        said in prop::collection::vec(
+            (any::<bool>(), prop::sample::select(vec![0u64, 0x1000, 1 << 20, u64::MAX]),
+             prop::sample::select(vec![0u64, 1, 0x1000, 1 << 20, u64::MAX]),
+             prop::sample::select(vec![0u64, USER, USER + 0x1000, u64::MAX]), 0u8..5, 0u8..8),
+            1..40),
+    ) {
+        let (mut ours, mut back, mut channel, device) = behind_iommu();
+        for (answers, first, size, user, access, kind) in said {
+            if answers {
+                back.write_all(&message(1, 5, &u64::from(access).to_ne_bytes())).unwrap();
+            } else {
+                let body = translation(first, size, user, access, kind);
+                ours.write_all(&message(IOTLB, 9, &body)).unwrap();
+            }
+            if channel.serve().is_err() {
+                break;
+            }
+            device.lock().unwrap().work(true).unwrap();
+        }
+    }
 
     /// Any messages: each is answered or ends the connection; none makes the device wait.
     #[test]

@@ -30,7 +30,7 @@ fn requests_that_a_killed_backend_had_taken_are_answered_once() {
         }
         // Killed after more or less of it was done.
         for _ in 0..round % 7 {
-            guest.device.work(true).unwrap();
+            guest.work();
         }
         while let Some((head, _)) = guest.used() {
             answered[head as usize / 3] += 1;
@@ -40,7 +40,7 @@ fn requests_that_a_killed_backend_had_taken_are_answered_once() {
             let (head, _) = guest.answer();
             answered[head as usize / 3] += 1;
         }
-        guest.device.work(true).unwrap();
+        guest.work();
         assert!(guest.used().is_none(), "an answer too many");
         assert_eq!(answered, [1; 4]);
     }
@@ -89,7 +89,7 @@ fn next_client_does_not_see_what_the_last_one_left_under_way() {
         ],
     );
     guest.offer(0);
-    guest.device.work(true).unwrap();
+    guest.work();
     guest.device.close();
     // The same memory, for another client.
     guest.put(DATA, &[0x77; 4096]);
@@ -117,7 +117,7 @@ fn requests_under_way_at_a_drive_that_fails_are_answered_once() {
             guest.chain(TABLE, head, &[&odd[..], &[(header + 32, 1, true)]].concat());
             guest.offer(head);
         }
-        guest.device.work(true).unwrap();
+        guest.work();
         guest.fail_drive();
         let mut heads: Vec<_> = (0..4).map(|_| guest.answer().0).collect();
         heads.sort_unstable();
@@ -125,7 +125,7 @@ fn requests_under_way_at_a_drive_that_fails_are_answered_once() {
         for n in 0..4 {
             assert_eq!(guest.get(super::harness::HEADERS + n * 64 + 32, 1), [0]);
         }
-        guest.device.work(true).unwrap();
+        guest.work();
         assert!(guest.used().is_none(), "an answer too many");
     }
     for sector in 0..80u64 {

@@ -26,6 +26,7 @@ fn main() -> std::io::Result<()> {
         ("shared_portion", portion_scripts()),
         ("config_space", config()),
         ("vhost_user_request", chains()),
+        ("vhost_user_iotlb", translations()),
         ("cloud_hypervisor_answer", answers()),
         ("rdma_ring", ring()),
         ("custody_message", custody()),
@@ -59,6 +60,36 @@ fn custody() -> Vec<Seed> {
             said(0, r#"{"say":"state","link":"down","reason":"cut"}"#),
         ),
         ("held", said(1, r#"{"say":"held","keys":["controller"]}"#)),
+    ]
+}
+
+/// What a VMM says of its IOMMU: first address, size, user address, access, kind.
+fn translations() -> Vec<Seed> {
+    let said = |all: &[(u64, u64, u64, u8, u8)]| {
+        let one = |&(first, size, user, access, kind): &(u64, u64, u64, u8, u8)| {
+            let words = [first, size, user].map(u64::to_ne_bytes).concat();
+            [words, vec![access, kind], vec![0; 6]].concat()
+        };
+        all.iter().flat_map(one).collect()
+    };
+    vec![
+        (
+            "cut_in_the_middle",
+            said(&[(0, 200, 0x7000, 3, 2), (50, 20, 0, 0, 3), (60, 4, 9, 1, 2)]),
+        ),
+        (
+            "over_two_ends",
+            said(&[(10, 20, 100, 1, 2), (40, 20, 200, 2, 2), (20, 30, 0, 0, 3)]),
+        ),
+        (
+            "all_at_once",
+            said(&[
+                (3, 0xffff_ffff_ffff_fffd, 0, 3, 2),
+                (7, u64::MAX, 0, 0, 3),
+                (1, 9, 4, 3, 2),
+                (0, 0, 0, 0, 3),
+            ]),
+        ),
     ]
 }
 

@@ -28,7 +28,7 @@ use super::request::Segment;
 /// Bytes of a bounce buffer.
 pub const BOUNCE: u32 = 64 << 10;
 /// How many bounce buffers there are: what does not fit PRPs waits for one.
-const BOUNCES: u16 = 8;
+const BOUNCES: u16 = 32;
 /// Entries of an I/O queue.
 const ENTRIES: u16 = 256;
 /// Most I/O queue pairs, whatever the number of virtqueues.

@@ -2,21 +2,25 @@
 
 #![forbid(unsafe_code)]
 
+mod inputs;
+
 use farbus_vfio::driver::DriverError;
 use farbus_vfio::nvme::{Status, SubmissionEntry, nvm};
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::Permissions;
 
+use self::inputs::Range;
 use super::bounce;
 use super::chain::MAX_PARTS;
 use super::config::{MAX_RANGES, MAX_ZEROES};
 use super::drive::{BOUNCE, BounceId, Data, Done, Drive, Shape};
+use super::iommu::view::Behind;
 use super::memory::Guest;
-use super::pieces::{self, Cursor, Limits};
+use super::pieces::{self, Cursor, Limits, Piece};
 use super::request::{Kind, Parsed, RANGE, SECTOR, Segment};
+use super::space::{Found, Space};
 
 /// Force unit access: the write is durable before it is done (NVMe 1.4 §6.15).
 const FUA: u32 = 1 << 30;
@@ -41,6 +45,8 @@ pub mod outcome {
 pub struct Context<'a> {
     /// The guest's memory.
     pub guest: &'a Guest,
+    /// The same as its driver names it, if that is behind an IOMMU.
+    pub behind: Option<Behind<'a>>,
     /// The drive.
     pub shape: &'a Shape,
     /// Nothing can be written.
@@ -49,14 +55,6 @@ pub struct Context<'a> {
     pub write_through: bool,
     /// What the guest reads as the drive's name.
     pub serial: &'a str,
-}
-
-/// Blocks that are to read as zero, or to be given back.
-#[derive(Clone, Copy, Debug)]
-struct Range {
-    lba: u64,
-    blocks: u32,
-    unmap: bool,
 }
 
 /// What is still to be submitted.
@@ -72,8 +70,8 @@ enum Work {
     Flush,
     /// All ranges, in one command.
     Discard,
-    /// The ranges from this one on.
-    Zeroes(usize),
+    /// The ranges from this one on, less so many blocks of it that are done.
+    Zeroes(usize, u32),
 }
 
 /// How far an attempt to submit a command got.
@@ -83,6 +81,8 @@ pub enum Submitted {
     Yes,
     /// It has to wait for a bounce buffer.
     Wait,
+    /// It has to wait until the VMM has said where its data is.
+    Missing,
     /// The request is done, or has failed.
     Nothing,
 }
@@ -105,6 +105,8 @@ pub struct Request {
     pending: u32,
     /// The bounce buffer that a command at the drive uses, and for which data.
     bounce: Option<(BounceId, Cursor, u32)>,
+    /// That command is done, and its data has not reached the guest's memory.
+    landing: bool,
 }
 
 impl Request {
@@ -125,13 +127,35 @@ impl Request {
             cursor: Cursor::default(),
             pending: 0,
             bounce: None,
+            landing: false,
         }
     }
 
-    /// Begins what `parsed` and `segments` say, or begins it anew after the drive was reset.
-    pub fn begin(&mut self, context: &Context<'_>) {
+    /// Begins what `parsed` and `segments` say.
+    pub fn begin<S: Space>(&mut self, space: &S, context: &Context<'_>) {
         self.active = true;
+        self.ranges.clear();
+        self.again(context);
+        if self.work == Work::Done && self.parsed.kind != Kind::GetId {
+            return;
+        }
+        let read = match self.parsed.kind {
+            Kind::Discard => self.read_ranges(space, context, 0),
+            Kind::WriteZeroes => {
+                self.read_ranges(space, context, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
+            }
+            Kind::GetId => self.name(space, context),
+            _ => return,
+        };
+        if let Err(status) = read {
+            self.fail(status);
+        }
+    }
+
+    /// Begins it anew, after the drive was reset.
+    pub fn again(&mut self, context: &Context<'_>) {
         (self.pending, self.cursor, self.bounce) = (0, Cursor::default(), None);
+        self.landing = false;
         (self.work, self.status) = match self.plan(context) {
             Ok(work) => (work, outcome::OK),
             Err(status) => (Work::Done, status),
@@ -140,7 +164,12 @@ impl Request {
 
     /// Whether it can be answered.
     pub fn is_finished(&self) -> bool {
-        self.pending == 0 && self.work == Work::Done
+        self.pending == 0 && self.work == Work::Done && !self.landing
+    }
+
+    /// Whether data of it waits for its place in the guest's memory.
+    pub fn is_landing(&self) -> bool {
+        self.landing
     }
 
     /// Whether all of its commands have been submitted.
@@ -161,7 +190,7 @@ impl Request {
         }
     }
 
-    fn plan(&mut self, context: &Context<'_>) -> Result<Work, u8> {
+    fn plan(&self, context: &Context<'_>) -> Result<Work, u8> {
         let Parsed {
             kind, sector, len, ..
         } = self.parsed;
@@ -181,82 +210,20 @@ impl Request {
             Kind::Read => transfer(nvm::READ),
             Kind::Write => transfer(nvm::WRITE),
             Kind::Flush => Ok(Work::Flush),
-            Kind::Discard if context.shape.can_discard => {
-                self.read_ranges(context, 0).map(|()| Work::Discard)
-            }
-            Kind::WriteZeroes if context.shape.can_write_zeroes => self
-                .read_ranges(context, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
-                .map(|()| Work::Zeroes(0)),
-            Kind::GetId => self.name(context).map(|()| Work::Done),
+            Kind::Discard if context.shape.can_discard => Ok(Work::Discard),
+            Kind::WriteZeroes if context.shape.can_write_zeroes => Ok(Work::Zeroes(0, 0)),
+            Kind::GetId => Ok(Work::Done),
             Kind::Discard | Kind::WriteZeroes | Kind::Unsupported(_) => Err(outcome::UNSUPPORTED),
             Kind::Malformed => Err(outcome::ERROR),
         }
     }
 
-    /// Copies the ranges of a discard or write zeroes, and checks the copies.
-    fn read_ranges(&mut self, context: &Context<'_>, flags: u32) -> Result<(), u8> {
-        self.ranges.clear();
-        let mut bytes = [0; MAX_RANGES as usize * RANGE];
-        let room = bytes.get_mut(..self.parsed.len as usize);
-        let room = room.ok_or(outcome::ERROR)?;
-        let mut at = 0;
-        for segment in &self.segments {
-            let end = at + segment.len as usize;
-            let part = room.get_mut(at..end).ok_or(outcome::ERROR)?;
-            let read = context
-                .guest
-                .read_slice(part, GuestAddress(segment.address));
-            read.map_err(|_| outcome::ERROR)?;
-            at = end;
-        }
-        for range in room.chunks_exact(RANGE) {
-            let [sector, rest] = [0, 8].map(|at| {
-                let bytes = range.get(at..at + 8).and_then(|b| b.try_into().ok());
-                bytes.map_or(0, u64::from_le_bytes)
-            });
-            let (sectors, wanted) = (rest as u32, (rest >> 32) as u32);
-            // Virtio 1.2 §5.2.6.2: flags that are not known, and unmap in a discard.
-            if wanted & !flags != 0 {
-                return Err(outcome::UNSUPPORTED);
-            }
-            let (lba, blocks) =
-                blocks(context.shape, sector, sectors.into()).ok_or(outcome::ERROR)?;
-            if blocks > 0 {
-                self.ranges.push(Range {
-                    lba,
-                    blocks: u32::try_from(blocks).map_err(|_| outcome::ERROR)?,
-                    unmap: wanted & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes the device's name to the guest.
-    fn name(&mut self, context: &Context<'_>) -> Result<(), u8> {
-        let mut name = [0; VIRTIO_BLK_ID_BYTES as usize];
-        for (to, from) in name.iter_mut().zip(context.serial.bytes()) {
-            *to = from;
-        }
-        let mut at = 0;
-        for segment in pieces::within(&self.segments, Cursor::default(), VIRTIO_BLK_ID_BYTES) {
-            let end = at + segment.len as usize;
-            let part = name.get(at..end).ok_or(outcome::ERROR)?;
-            let written = context
-                .guest
-                .write_slice(part, GuestAddress(segment.address));
-            written.map_err(|_| outcome::ERROR)?;
-            at = end;
-        }
-        self.parsed.len = VIRTIO_BLK_ID_BYTES;
-        Ok(())
-    }
-
     /// Submits the next command to the queue pair of a virtqueue, which has room for it. `token`
     /// says whose it is, given whether it uses a bounce buffer.
-    pub fn submit(
+    pub fn submit<S: Space>(
         &mut self,
         queue: u16,
+        space: &S,
         context: &Context<'_>,
         drive: &mut Drive,
         token: impl Fn(bool) -> u64,
@@ -264,7 +231,7 @@ impl Request {
         match self.work {
             Work::Done => return Ok(Submitted::Nothing),
             Work::Transfer { opcode, lba, left } => {
-                return self.transfer(queue, opcode, (lba, left), context, drive, token);
+                return self.transfer(queue, opcode, (lba, left), (space, context), drive, token);
             }
             Work::Flush => {
                 let command = SubmissionEntry::new(nvm::FLUSH);
@@ -280,9 +247,13 @@ impl Request {
                     return Ok(Submitted::Wait);
                 };
                 for (n, range) in self.ranges.iter().enumerate() {
-                    let (lba, blocks) = (range.lba.to_le_bytes(), range.blocks.to_le_bytes());
-                    drive.fill_bounce(id, n * RANGE + 4, &blocks)?;
-                    drive.fill_bounce(id, n * RANGE + 8, &lba)?;
+                    let Some((lba, blocks)) = range.blocks(context.shape) else {
+                        drive.free_bounce(id);
+                        self.fail(outcome::ERROR);
+                        return Ok(Submitted::Nothing);
+                    };
+                    drive.fill_bounce(id, n * RANGE + 4, &blocks.to_le_bytes())?;
+                    drive.fill_bounce(id, n * RANGE + 8, &lba.to_le_bytes())?;
                 }
                 let mut command = SubmissionEntry::new(nvm::DATASET_MANAGEMENT);
                 command.set_dword(10, self.ranges.len() as u32 - 1);
@@ -292,38 +263,40 @@ impl Request {
                 self.bounce = Some((id, Cursor::default(), 0));
                 self.work = Work::Done;
             }
-            Work::Zeroes(at) => {
-                let Some(range) = self.ranges.get_mut(at) else {
+            Work::Zeroes(at, done) => {
+                let Some(range) = self.ranges.get(at) else {
                     self.work = Work::Done;
                     return Ok(Submitted::Nothing);
                 };
-                let now = u64::from(range.blocks).min(MAX_ZEROES) as u32;
+                let left = range.blocks(context.shape);
+                let left = left.map(|(lba, blocks)| (lba, blocks.saturating_sub(done)));
+                let Some((lba, left @ 1..)) = left else {
+                    self.fail(outcome::ERROR);
+                    return Ok(Submitted::Nothing);
+                };
+                let now = u64::from(left).min(MAX_ZEROES) as u32;
                 let unmap = if range.unmap { DEALLOCATE } else { 0 };
                 let through = if context.write_through { FUA } else { 0 };
-                let command = command(nvm::WRITE_ZEROES, range.lba, now, unmap | through);
+                let at_lba = lba + u64::from(done);
+                let command = command(nvm::WRITE_ZEROES, at_lba, now, unmap | through);
                 drive.submit(queue, command, Data::None, 0, token(false))?;
-                range.lba += u64::from(now);
-                range.blocks -= now;
-                if range.blocks == 0 {
-                    let last = at + 1 == self.ranges.len();
-                    self.work = if last {
-                        Work::Done
-                    } else {
-                        Work::Zeroes(at + 1)
-                    };
-                }
+                self.work = match left - now {
+                    0 if at + 1 == self.ranges.len() => Work::Done,
+                    0 => Work::Zeroes(at + 1, 0),
+                    _ => Work::Zeroes(at, done + now),
+                };
             }
         }
         self.pending += 1;
         Ok(Submitted::Yes)
     }
 
-    fn transfer(
+    fn transfer<S: Space>(
         &mut self,
         queue: u16,
         opcode: u8,
         (lba, left): (u64, u32),
-        context: &Context<'_>,
+        (space, context): (&S, &Context<'_>),
         drive: &mut Drive,
         token: impl Fn(bool) -> u64,
     ) -> Result<Submitted, DriverError> {
@@ -333,7 +306,15 @@ impl Request {
             transfer: context.shape.max_transfer,
             bounce: BOUNCE,
         };
-        let piece = pieces::next_piece(&self.segments, self.cursor, left, limits);
+        let piece = if S::IS_GUESTS {
+            pieces::next_piece(&self.segments, self.cursor, left, limits)
+        } else {
+            // The drive is given nothing that the guest can take back while it uses it.
+            Piece {
+                len: left.min(BOUNCE),
+                direct: false,
+            }
+        };
         let through = opcode == nvm::WRITE && context.write_through;
         let command = command(
             opcode,
@@ -353,18 +334,17 @@ impl Request {
             if self.bounce.is_some() {
                 return Ok(Submitted::Wait);
             }
+            if opcode == nvm::WRITE {
+                let data = pieces::within(&self.segments, self.cursor, piece.len);
+                if find_all(space, data, Permissions::Read) == Found::Missing {
+                    return Ok(Submitted::Missing);
+                }
+            }
             let Some(id) = drive.take_bounce() else {
                 return Ok(Submitted::Wait);
             };
             if opcode == nvm::WRITE
-                && !bounce::gather(
-                    drive,
-                    id,
-                    context.guest,
-                    &self.segments,
-                    self.cursor,
-                    piece.len,
-                )?
+                && !bounce::gather(drive, id, space, &self.segments, self.cursor, piece.len)?
             {
                 drive.free_bounce(id);
                 self.fail(outcome::ERROR);
@@ -389,11 +369,11 @@ impl Request {
     }
 
     /// One of its commands is done.
-    pub fn completed(
+    pub fn completed<S: Space>(
         &mut self,
         done: &Done,
         bounced: bool,
-        guest: &Guest,
+        space: &S,
         drive: &mut Drive,
     ) -> Result<(), DriverError> {
         self.pending = self.pending.saturating_sub(1);
@@ -404,16 +384,34 @@ impl Request {
                 outcome::ERROR
             });
         }
-        let Some(used) = bounced.then(|| self.bounce.take()).flatten() else {
+        if !bounced {
+            return Ok(());
+        }
+        if self.parsed.kind == Kind::Read && done.status.is_success() {
+            self.landing = true;
+            return self.land(space, drive);
+        }
+        if let Some((id, ..)) = self.bounce.take() {
+            drive.free_bounce(id);
+        }
+        Ok(())
+    }
+
+    /// Copies what was read to the guest, unless it is not known yet where that is.
+    pub fn land<S: Space>(&mut self, space: &S, drive: &mut Drive) -> Result<(), DriverError> {
+        let Some((id, cursor, len)) = self.bounce else {
+            self.landing = false;
             return Ok(());
         };
-        if self.parsed.kind == Kind::Read
-            && done.status.is_success()
-            && !bounce::scatter(drive, used, guest, &self.segments)?
-        {
+        let data = pieces::within(&self.segments, cursor, len);
+        if find_all(space, data, Permissions::Write) == Found::Missing {
+            return Ok(());
+        }
+        (self.landing, self.bounce) = (false, None);
+        if !bounce::scatter(drive, (id, cursor, len), space, &self.segments)? {
             self.fail(outcome::ERROR);
         }
-        drive.free_bounce(used.0);
+        drive.free_bounce(id);
         Ok(())
     }
 
@@ -422,6 +420,26 @@ impl Request {
         self.status = status;
         self.work = Work::Done;
     }
+}
+
+/// Whether all of these can be used. All that is missing is asked for.
+fn find_all<S: Space>(
+    space: &S,
+    segments: impl Iterator<Item = Segment>,
+    access: Permissions,
+) -> Found {
+    let mut outcome = Found::Here;
+    if S::IS_GUESTS {
+        return outcome;
+    }
+    for Segment { address, len } in segments {
+        match space.find(address, len.into(), access) {
+            Found::Here => {}
+            Found::Missing => outcome = Found::Missing,
+            Found::Refused => return Found::Refused,
+        }
+    }
+    outcome
 }
 
 /// The blocks that sectors are, if they are whole blocks of the drive: where, and how many.
