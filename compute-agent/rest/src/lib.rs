@@ -11,6 +11,7 @@
 
 pub mod client;
 pub mod extract;
+pub mod handshakes;
 pub mod listen;
 pub mod logging;
 pub mod metrics;

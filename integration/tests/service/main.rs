@@ -6,6 +6,7 @@
 mod bed;
 mod both;
 mod crash;
+mod crowd;
 mod endurance;
 mod life;
 mod load;
