@@ -8,6 +8,8 @@ mod both;
 mod crash;
 mod crowd;
 mod endurance;
+mod hopeless;
+mod leaving;
 mod life;
 mod load;
 mod manager;
