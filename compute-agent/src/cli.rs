@@ -43,7 +43,8 @@ Exit codes:
   3  the export cannot be claimed
   4  the socket cannot be offered";
 
-/// How long a device server may take to notice that an agent has died, and to reset its drive.
+/// How long a device server may take to notice that an agent has died, and to reset its drive. It does not
+/// tell who waits when that is done, so it is asked again and again.
 const PREDECESSOR: Duration = Duration::from_secs(3);
 
 /// Offers PCIe functions of other hosts to the virtual machines of this one.

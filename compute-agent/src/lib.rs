@@ -11,6 +11,7 @@
 //! - [`vfio_user`], [`vhost_user`]: the endpoints that a VMM connects to.
 //! - [`custody`]: how an attachment outlives the process that carries it.
 //! - [`hotplug`]: what plugs an endpoint into a running VM.
+//! - [`peer`]: who is at the other end of a socket.
 //! - [`sandbox`]: what a worker gives up once it is set up.
 //! - [`guest_memory`]: the memory of the guest, as the VMM hands it over.
 #![deny(unsafe_code)]
@@ -22,6 +23,7 @@ pub mod daemon;
 pub mod guest_memory;
 pub mod hotplug;
 pub mod lanes;
+pub mod peer;
 pub mod reconnect;
 pub mod sandbox;
 mod timer;

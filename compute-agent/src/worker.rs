@@ -30,7 +30,7 @@ use crate::vfio_user::Endpoint;
 const LOOKS_PER_WAIT: u32 = 4;
 
 /// How often a new keeper is looked for while there is none: a worker that dies meanwhile has no
-/// successor.
+/// successor. A path cannot be waited for in the sandbox, which has no inotify.
 const LOOK_FOR_KEEPER: Duration = Duration::from_millis(20);
 
 /// What the event loop serves.

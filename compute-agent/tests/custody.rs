@@ -49,7 +49,7 @@ impl Bed {
         let (send, events) = channel();
         let keeper = Keeper::bind(&self.path(), move |event| send.send(event).unwrap_or(()));
         let keeper = keeper.unwrap();
-        keeper.admit("a");
+        keeper.appoint("a", std::process::id());
         self.keeper = Some(keeper);
         self.events = events;
     }
@@ -230,6 +230,50 @@ fn a_second_worker_of_an_attachment_is_refused() {
     let _first = bed.worker();
     let refused = Client::connect(&bed.path(), "a");
     assert!(matches!(&refused, Err(CustodyError::Refused(why)) if why.contains("worker already")));
+}
+
+#[test]
+fn another_process_is_refused_whether_the_worker_lives_or_not() {
+    let bed = Bed::new("impostor");
+    let own = std::process::id();
+    let other = own + 1;
+    let mut worker = bed.worker();
+    worker.keep(vec![(key(1), memory("x").as_fd())]).unwrap();
+    eventually(|| (bed.keeper().held("a") == 1).then_some(()));
+    let refused = |why: &str| {
+        let reason = last_words(&bed.hello("a", VERSION)).unwrap();
+        assert!(
+            reason.contains(&format!("process {own} of user")),
+            "{reason}"
+        );
+        assert!(reason.contains(why), "{reason}");
+    };
+
+    bed.keeper().appoint("a", other);
+    refused(&format!("is process {other}"));
+    assert_eq!(bed.keeper().worker("a"), Some(own));
+    drop(worker);
+    eventually(|| bed.keeper().worker("a").is_none().then_some(()));
+    refused(&format!("is process {other}"));
+    bed.keeper().dismiss("a");
+    refused("has started no worker");
+
+    bed.keeper().appoint("a", own);
+    assert_eq!(text(bed.worker().held(&key(1)).unwrap()), "x");
+}
+
+#[test]
+fn process_that_connects_before_it_is_known_is_heard_when_it_is() {
+    let bed = Bed::new("early");
+    bed.keeper().dismiss("a");
+
+    let connecting = bed.keeper().appoint_started("a", || {
+        let path = bed.path();
+        let connecting = std::thread::spawn(move || Client::connect(&path, "a"));
+        Ok::<_, ()>((std::process::id(), connecting))
+    });
+
+    connecting.unwrap().join().unwrap().unwrap();
 }
 
 #[test]

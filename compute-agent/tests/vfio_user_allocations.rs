@@ -1,6 +1,12 @@
 //! The server allocates nothing for a register access, whether synchronous or posted, nor for an
 //! interrupt that it raises itself.
-#![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(unsafe_code, reason = "an allocator is unsafe to write")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod common;
 

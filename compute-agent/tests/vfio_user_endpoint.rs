@@ -1,6 +1,11 @@
 //! The endpoint's own life: its socket file, its clients one after the other, its place in an
 //! event loop.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod common;
 

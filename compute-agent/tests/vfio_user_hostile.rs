@@ -1,6 +1,11 @@
 //! Clients that break the vfio-user protocol, byte by byte. Each gets what it deserves, and
 //! the server serves the next one.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod common;
 

@@ -1,6 +1,11 @@
 //! Guest memory through the endpoint: what may be mapped, and what a client can do to memory
 //! that we have mapped.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod common;
 

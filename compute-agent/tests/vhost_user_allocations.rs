@@ -1,5 +1,11 @@
 //! The device allocates nothing for a request, whatever buffers its data is in.
-#![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(unsafe_code, reason = "an allocator is unsafe to write")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 #![allow(dead_code, reason = "the harness has more than is needed here")]
 
 #[path = "vhost_user/harness.rs"]

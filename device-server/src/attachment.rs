@@ -32,6 +32,9 @@ const NOTICE: u64 = 4;
 /// How long the claimant's network may take for the news that the function is gone. A host
 /// that unplugs it waits meanwhile.
 const FAREWELL: Duration = Duration::from_millis(500);
+/// How often is looked meanwhile whether there is room for the rest: which event tells of room differs by
+/// provider, and a claim says farewell once.
+const FAREWELL_STEP: Duration = Duration::from_millis(5);
 
 /// How an attachment ended.
 #[derive(Debug)]
@@ -251,7 +254,7 @@ impl Attachment {
             if !self.session.is_congested() || Instant::now() > until {
                 return Ok(());
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(FAREWELL_STEP);
         }
     }
 

@@ -14,6 +14,7 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod exports;
+mod join;
 mod lane;
 mod lanes;
 mod liveness;

@@ -26,6 +26,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::attachment::{Attachment, Ended};
 use crate::exports::{Claim, ClaimError, Exports};
+use crate::join;
 use crate::lane;
 use crate::lanes::{CannotJoin, Teams};
 use crate::refusals::Refusals;
@@ -35,7 +36,9 @@ const SETUP_DEADLINE: Duration = Duration::from_secs(10);
 /// How long attachments may take to end when the process does, and functions to be closed: time
 /// for the slowest resets.
 const ENDING: Duration = Duration::from_secs(8);
-const ENDING_STEP: Duration = Duration::from_millis(5);
+/// How long nobody is accepted after the kernel has refused to, for want of descriptors for one: what is
+/// asked for stays asked for, and nothing tells that there are descriptors again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections at a time, claimed or not. More are closed at once.
 const MAX_CONNECTIONS: usize = 256;
 
@@ -131,9 +134,8 @@ impl Manager {
         let claimed = threads
             .into_iter()
             .filter(|serving| serving.claimed.load(Ordering::Acquire));
-        let attachments: Vec<_> = claimed.map(|serving| serving.thread).collect();
-        wait_for(&attachments);
-        wait_for(&self.exports.end());
+        join::within(ENDING, claimed.map(|serving| serving.thread).collect());
+        join::within(ENDING, self.exports.end());
         Ok(())
     }
 
@@ -143,8 +145,7 @@ impl Manager {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
                 warn!("a connection could not be accepted: {error}");
-                // Out of descriptors, for one: what is asked for stays asked for.
-                thread::sleep(Duration::from_millis(100));
+                thread::sleep(ACCEPT_PAUSE);
                 return;
             }
         };
@@ -188,14 +189,6 @@ impl Manager {
             Ok(thread) => threads.push(Serving { thread, claimed }),
             Err(error) => warn!("closed the connection of {peer}: no thread for it: {error}"),
         }
-    }
-}
-
-/// Waits until threads have ended, but no longer than [`ENDING`].
-fn wait_for(threads: &[JoinHandle<()>]) {
-    let begin = Instant::now();
-    while !threads.iter().all(JoinHandle::is_finished) && begin.elapsed() < ENDING {
-        thread::sleep(ENDING_STEP);
     }
 }
 

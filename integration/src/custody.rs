@@ -102,7 +102,12 @@ impl KeptWorker {
     /// When it does not become ready.
     pub fn start_worker(&mut self) -> Result<()> {
         let arguments: Vec<_> = self.arguments.iter().map(String::as_str).collect();
-        self.worker = Some(Daemon::start("farbus-compute-agent", &arguments)?);
+        // No other process is to get what the last one has left.
+        let started = self.keeper()?.appoint_started(ID, || {
+            let launched = Daemon::launch("farbus-compute-agent", &arguments)?;
+            Ok::<_, Error>((launched.pid(), launched))
+        })?;
+        self.worker = Some(started.await_ready()?);
         Ok(())
     }
 
@@ -147,7 +152,10 @@ impl KeptWorker {
             let _ = send.send(event);
         });
         let keeper = keeper.map_err(|error| missing(&format!("a keeper: {error}")))?;
-        keeper.admit(ID);
+        match &self.worker {
+            Some(worker) => keeper.appoint(ID, worker.pid()),
+            None => keeper.admit(ID),
+        }
         self.keeper = Some(keeper);
         self.events = events;
         Ok(())

@@ -77,8 +77,12 @@ impl Daemon {
     /// # Errors
     /// When it is not built, ends, or is not ready in time; the error has the end of its stderr.
     pub fn start(name: &str, arguments: &[&str]) -> Result<Self> {
-        let command = mortal_command(&program(name)?);
-        Self::await_ready(Self::launch(name, command, arguments)?)
+        Self::launch(name, arguments)?.await_ready()
+    }
+
+    /// As [`Daemon::start`], without waiting; [`Daemon::await_ready`] does.
+    pub(crate) fn launch(name: &str, arguments: &[&str]) -> Result<Self> {
+        Self::launch_as(name, mortal_command(&program(name)?), arguments)
     }
 
     /// As [`Daemon::start`], run by another program, such as `valgrind` with its options, that
@@ -90,18 +94,19 @@ impl Daemon {
         let (first, options) = wrapper.split_first().unwrap_or((&"env", &[]));
         let mut command = mortal_command(Path::new(first));
         command.args(options).arg(program(name)?);
-        Self::await_ready(Self::launch(name, command, arguments)?)
+        Self::launch_as(name, command, arguments)?.await_ready()
     }
 
-    fn await_ready(mut daemon: Self) -> Result<Self> {
+    /// It, when it has said that it is ready.
+    pub(crate) fn await_ready(mut self) -> Result<Self> {
         let deadline = Deadline::secs(READY_SECS);
-        daemon.ready = loop {
-            let line = daemon.line(deadline)?;
+        self.ready = loop {
+            let line = self.line(deadline)?;
             if line.split_whitespace().next() == Some("ready") {
                 break line;
             }
         };
-        Ok(daemon)
+        Ok(self)
     }
 
     /// Runs one of the workspace's programs to its end, for commands that are refused.
@@ -109,8 +114,7 @@ impl Daemon {
     /// # Errors
     /// When it is not built, or does not end in time.
     pub fn run(name: &str, arguments: &[&str], deadline: Deadline) -> Result<Ended> {
-        let command = mortal_command(&program(name)?);
-        let mut daemon = Self::launch(name, command, arguments)?;
+        let mut daemon = Self::launch(name, arguments)?;
         let status = daemon.process.wait(deadline)?;
         // The reader's end closes the channel once the pipe is drained.
         let stdout: Vec<String> = daemon.lines.iter().collect();
@@ -121,7 +125,7 @@ impl Daemon {
         })
     }
 
-    fn launch(name: &str, mut command: Command, arguments: &[&str]) -> Result<Self> {
+    fn launch_as(name: &str, mut command: Command, arguments: &[&str]) -> Result<Self> {
         let scratch = Scratch::new(name)?;
         let log =
             File::create(scratch.join("stderr.log")).context(|| "creating stderr.log".into())?;

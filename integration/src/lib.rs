@@ -25,7 +25,7 @@
 //! - [`claimant`] runs claimants that are no machines.
 //! - [`service`] runs the agent as a service, and asks it.
 //! - [`daemon`] starts Farbus' own programs; [`procfs`] looks at what they use.
-//! - [`counting`] tells who allocates.
+//! - [`thread_usage`] says what a thread has used; [`counting`] tells who allocates.
 //! - [`counts`] counts what programs do: system calls, instructions.
 //! - [`cloud_hypervisor`] stands in for that VMM's REST interface.
 //! - [`report`] says how a test failed, or why it could not run.
@@ -57,6 +57,7 @@ pub mod report;
 pub mod scratch;
 pub mod service;
 mod terminal;
+pub mod thread_usage;
 pub mod tools;
 pub mod verify;
 pub mod vfio;

@@ -22,6 +22,10 @@ pub struct Measured {
     pub p50_us: f64,
     /// 99th percentile of the completion latency in microseconds.
     pub p99_us: f64,
+    /// 99.9th percentile of the completion latency in microseconds.
+    pub p999_us: f64,
+    /// I/O operations in all.
+    pub ios: f64,
 }
 
 impl fmt::Display for Measured {
@@ -63,7 +67,8 @@ pub fn measure(guest: &Guest, device: &str, workload: &Workload<'_>) -> Result<M
     } = workload;
     let command = format!(
         "fio --name=m --filename={device} --direct=1 --ioengine=libaio --rw={pattern} --bs={block} \
-         --iodepth={depth} --runtime={seconds} --time_based --output-format=json"
+         --iodepth={depth} --runtime={seconds} --time_based \
+         --unified_rw_reporting=1 --output-format=json"
     );
     let text = guest.check_within(&command, Deadline::secs(u64::from(*seconds) + 60))?;
     let document = text.find('{').map_or("", |at| &text[at..]);
@@ -71,12 +76,8 @@ pub fn measure(guest: &Guest, device: &str, workload: &Workload<'_>) -> Result<M
         peer: "fio".into(),
         answer: format!("{e} in: {text}"),
     })?;
-    let direction = if pattern.contains("read") {
-        "read"
-    } else {
-        "write"
-    };
-    let numbers = &report["jobs"][0][direction];
+    // Reads and writes together.
+    let numbers = &report["jobs"][0]["mixed"];
     let latency = &numbers["clat_ns"]["percentile"];
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
     Ok(Measured {
@@ -84,5 +85,7 @@ pub fn measure(guest: &Guest, device: &str, workload: &Workload<'_>) -> Result<M
         bytes_per_second: number(&numbers["bw_bytes"]),
         p50_us: number(&latency["50.000000"]) / 1e3,
         p99_us: number(&latency["99.000000"]) / 1e3,
+        p999_us: number(&latency["99.900000"]) / 1e3,
+        ios: number(&numbers["total_ios"]),
     })
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::builder::MachineBuilder;
 use crate::deadline::Deadline;
@@ -162,6 +162,80 @@ pub fn attach(guest: &Guest, address: &str, options: &str) -> Result<Job> {
     start(guest, &command, "/tmp/agent.log")
 }
 
+/// What an RDMA device takes by itself for 64 bytes there, and 4 KiB and a message back, in microseconds; both sides
+/// look for completions.
+#[derive(Debug, Clone, Copy)]
+pub struct RoundTrip {
+    /// A tenth of all take less.
+    pub p10_us: f64,
+    /// Half of them take less.
+    pub p50_us: f64,
+    /// One in a hundred takes longer.
+    pub p99_us: f64,
+}
+
+/// Measures so many bare round trips.
+///
+/// # Errors
+/// When they fail, or nothing is said of them.
+pub fn bare_round_trip(guest: &Guest, count: u32) -> Result<RoundTrip> {
+    let said = guest.check(&format!("farbus-verbs-check bare {LOOPBACK} {count}"))?;
+    let line = "bare round trip with 4096 bytes of data:";
+    Ok(RoundTrip {
+        p10_us: told(&said, line, "p10_us=")?,
+        p50_us: told(&said, line, "p50_us=")?,
+        p99_us: told(&said, line, "p99_us=")?,
+    })
+}
+
+/// Sizes of the writes of [`bare_writes`] in bytes.
+pub const WRITES: [usize; 6] = [4096, 16_384, 65_536, 131_072, 262_144, 1_048_576];
+
+/// Throughput of bare RDMA writes in MiB/s, each size for a time.
+///
+/// # Errors
+/// As [`bare_round_trip`].
+pub fn bare_writes(guest: &Guest, milliseconds: u32) -> Result<[f64; WRITES.len()]> {
+    let command = format!("farbus-verbs-check stream {LOOPBACK} {milliseconds}");
+    let said = guest.check(&command)?;
+    let mut rates = [0.0; WRITES.len()];
+    for (rate, size) in rates.iter_mut().zip(WRITES) {
+        let line = format!("bare writes of {size} bytes:");
+        *rate = told(&said, &line, "mib_per_s=")?;
+    }
+    Ok(rates)
+}
+
+/// The number that follows `key` in a line that begins with `line`.
+fn told(said: &str, line: &str, key: &str) -> Result<f64> {
+    said.lines()
+        .find_map(|text| text.strip_prefix(line)?.split(key).nth(1))
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .ok_or_else(|| Error::Protocol {
+            peer: "farbus-verbs-check".into(),
+            answer: said.to_owned(),
+        })
+}
+
+/// Runs the load generator on `target`, which are its own words for it; returns its report.
+///
+/// # Errors
+/// When it fails.
+pub fn load(guest: &Guest, target: &str, options: &str) -> Result<Value> {
+    let command = format!("farbus-vfu-nvme bench {target} {options} --json");
+    let said = guest.check_within(&command, Deadline::secs(60))?;
+    serde_json::from_str(&said).map_err(|error| Error::Protocol {
+        peer: "farbus-vfu-nvme".into(),
+        answer: format!("{error} in: {said}"),
+    })
+}
+
+/// The target that [`serve`] lends with [`DRIVE`], for [`load`].
+#[must_use]
+pub fn lent_over(provider: &str) -> String {
+    format!("--from {LOOPBACK}:7420 --export disk0 --provider {provider}")
+}
+
 /// Runs a command that must succeed; its output is also the test's.
 ///
 /// # Errors
@@ -170,4 +244,17 @@ pub fn check(guest: &Guest, command: &str) -> Result<String> {
     let said = guest.check_within(command, Deadline::secs(240))?;
     println!("$ {command}\n{said}");
     Ok(said)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn number_is_found_in_its_line() {
+        let said = "bare a: x=1.5\nbare b: p10_us=2.0 p50_us=3.0\n";
+        assert_eq!(told(said, "bare b:", "p50_us=").unwrap(), 3.0);
+        assert!(told(said, "bare a:", "p50_us=").is_err());
+        assert!(told(said, "bare c:", "x=").is_err());
+    }
 }

@@ -129,7 +129,8 @@ impl Service {
     #[must_use]
     pub fn workers(&self) -> Vec<u32> {
         let mut pids: Vec<u32> = process::find(&self.sockets(), Some(NOBODY))
-            .into_values()
+            .into_iter()
+            .map(|(_, pid)| pid)
             .collect();
         pids.sort_unstable();
         pids

@@ -7,34 +7,17 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use farbus_integration::guest::Guest;
-use farbus_integration::rdma::{DRIVE, LOOPBACK, one_machine, serve};
+use farbus_integration::rdma::{
+    DRIVE, LOOPBACK, RoundTrip, WRITES, bare_round_trip, bare_writes, lent_over, load, one_machine,
+    serve,
+};
 use farbus_integration::report::{Failure, TestResult};
 use farbus_integration::skip;
 use farbus_integration::tools::kernel::Kernel;
-use serde_json::Value;
 
 /// Rounds that are made at least, and at most.
 const FEW: usize = 3;
 const MANY: usize = 15;
-
-/// The value that follows `key` in a line that begins with `line`.
-fn value(said: &str, line: &str, key: &str) -> f64 {
-    let found = said
-        .lines()
-        .find_map(|text| text.strip_prefix(line)?.split(key).nth(1));
-    let word = found.unwrap().split_whitespace().next().unwrap();
-    word.parse().unwrap()
-}
-
-fn bench(guest: &Guest, target: &str, options: &str) -> Result<Value, Failure> {
-    let command = format!("farbus-vfu-nvme bench {target} {options} --json");
-    let report: Value = serde_json::from_str(&guest.check(&command)?)?;
-    Ok(report["total"].clone())
-}
-
-fn remote() -> String {
-    format!("--from {LOOPBACK}:7420 --export disk0 --provider verbs")
-}
 
 /// Microseconds for one 4 KiB read, or what stands for it: a tenth of all take less than the first, half of them
 /// less than the second.
@@ -44,15 +27,15 @@ fn better(best: Times, new: Times) -> Times {
     [best[0].min(new[0]), best[1].min(new[1])]
 }
 
-fn bare_round_trip(guest: &Guest) -> Result<Times, Failure> {
-    let said = guest.check(&format!("farbus-verbs-check bare {LOOPBACK} 1000"))?;
-    let line = "bare round trip with 4096 bytes of data:";
-    Ok(["p10_us=", "p50_us="].map(|key| value(&said, line, key)))
+fn bare(guest: &Guest) -> Result<Times, Failure> {
+    let RoundTrip { p10_us, p50_us, .. } = bare_round_trip(guest, 1000)?;
+    Ok([p10_us, p50_us])
 }
 
 fn read_times(guest: &Guest, target: &str) -> Result<Times, Failure> {
-    let report = bench(guest, target, "--poll --seconds 0.4 --warmup 0.2")?;
-    Ok(["p10", "p50"].map(|key| report["latency_us"][key].as_f64().unwrap()))
+    let report = load(guest, target, "--poll --seconds 0.4 --warmup 0.2")?;
+    let latency = &report["total"]["latency_us"];
+    Ok(["p10", "p50"].map(|key| latency[key].as_f64().unwrap()))
 }
 
 #[test]
@@ -69,9 +52,9 @@ fn small_reads_take_at_most_two_bare_round_trips_and_the_drives_own_time() -> Te
     println!("|---|---|---|---|");
     for round in 1..=MANY {
         let new = [
-            bare_round_trip(&guest)?,
+            bare(&guest)?,
             read_times(&guest, local)?,
-            read_times(&guest, &remote())?,
+            read_times(&guest, &lent_over("verbs"))?,
         ];
         let [bare, drive, farbus] = new.map(|[p10, p50]| format!("{p10:.1} ({p50:.1})"));
         println!("| {round} | {bare} | {drive} | {farbus} |");
@@ -105,19 +88,16 @@ fn large_transfers_reach_half_of_the_bare_throughput() -> TestResult {
     }
     let (machine, guest) = one_machine(Kernel::Rdma6_1)?;
     let _server = serve(&guest, LOOPBACK, DRIVE)?;
-    let sizes = [4096, 16_384, 65_536, 131_072, 262_144, 1_048_576];
-    let mut bare = [0.0_f64; 6];
+    let mut bare = [0.0_f64; WRITES.len()];
     let mut farbus = [0.0_f64; 2];
     for round in 1..=MANY {
-        let said = guest.check(&format!("farbus-verbs-check stream {LOOPBACK} 200"))?;
-        for (best, size) in bare.iter_mut().zip(sizes) {
-            let line = format!("bare writes of {size} bytes:");
-            *best = best.max(value(&said, &line, "mib_per_s="));
+        for (best, rate) in bare.iter_mut().zip(bare_writes(&guest, 200)?) {
+            *best = best.max(rate);
         }
         for (best, rw) in farbus.iter_mut().zip(["read", "write"]) {
-            let load = format!("--rw {rw} --bs 128k --iodepth 8 --seconds 0.6 --warmup 0.3");
-            let report = bench(&guest, &remote(), &load)?;
-            *best = best.max(report["mib_per_s"].as_f64().unwrap());
+            let options = format!("--rw {rw} --bs 128k --iodepth 8 --seconds 0.6 --warmup 0.3");
+            let report = load(&guest, &lent_over("verbs"), &options)?;
+            *best = best.max(report["total"]["mib_per_s"].as_f64().unwrap());
         }
         if round >= FEW && farbus.iter().all(|rate| *rate >= PART * bare[3]) {
             break;
@@ -125,7 +105,7 @@ fn large_transfers_reach_half_of_the_bare_throughput() -> TestResult {
     }
     println!("| what | MiB/s | of bare |");
     println!("|---|---|---|");
-    for (rate, size) in bare.iter().zip(sizes) {
+    for (rate, size) in bare.iter().zip(WRITES) {
         println!("| bare RDMA writes of {} KiB | {rate:.0} | |", size >> 10);
     }
     for (rate, rw) in farbus.iter().zip(["reads", "writes"]) {

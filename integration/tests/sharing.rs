@@ -43,36 +43,25 @@ fn beside_others() -> RwLockReadGuard<'static, ()> {
     QUIET.read().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A drive on a file that is there for as long as `scratch`.
+fn on_file(scratch: &Scratch) -> String {
+    let disk = scratch.join("disk.img");
+    format!("path={},size=64MiB,queues=8", disk.display())
+}
+
+/// The arguments that export a drive.
+fn export<'a>(drive: &'a str, options: &[&'a str]) -> Vec<&'a str> {
+    let first = ["export", "--soft-nvme", drive, "--name", "disk0"];
+    [&first[..], &["--listen", "127.0.0.1:0"], options].concat()
+}
+
 fn serve(drive: &str, options: &[&str]) -> Daemon {
-    let first = [
-        "export",
-        "--soft-nvme",
-        drive,
-        "--name",
-        "disk0",
-        "--listen",
-        "127.0.0.1:0",
-    ];
-    Daemon::start("farbus-device-server", &[&first[..], options].concat()).unwrap()
+    Daemon::start("farbus-device-server", &export(drive, options)).unwrap()
 }
 
 fn refused(drive: &str, options: &[&str]) -> Ended {
-    let first = [
-        "export",
-        "--soft-nvme",
-        drive,
-        "--name",
-        "disk0",
-        "--listen",
-        "127.0.0.1:0",
-    ];
-    let arguments = [&first[..], options].concat();
-    Daemon::run(
-        "farbus-device-server",
-        &arguments,
-        Deadline::secs(LIMIT_SECS),
-    )
-    .unwrap()
+    let deadline = Deadline::secs(LIMIT_SECS);
+    Daemon::run("farbus-device-server", &export(drive, options), deadline).unwrap()
 }
 
 /// A driver behind an agent's socket, with one pair of I/O queues of 128 entries.
@@ -93,9 +82,7 @@ fn drive_at(socket: &Path) -> NvmeDriver<UserFunction> {
 fn slices_are_exports_of_their_own_and_verified_at_once() -> TestResult {
     let _quiet = beside_others();
     let scratch = Scratch::new("slices")?;
-    let disk = scratch.join("disk.img");
-    let on_file = format!("path={},size=64MiB,queues=8", disk.display());
-    for drive in [IN_MEMORY, &on_file] {
+    for drive in [IN_MEMORY, &on_file(&scratch)] {
         let server = serve(drive, &HALVES);
         assert!(
             server
@@ -135,10 +122,7 @@ fn slices_are_exports_of_their_own_and_verified_at_once() -> TestResult {
 fn killed_claimant_does_not_disturb_another() -> TestResult {
     let _quiet = measuring();
     let scratch = Scratch::new("crash")?;
-    let drive = format!(
-        "path={},size=64MiB,queues=8",
-        scratch.join("disk.img").display()
-    );
+    let drive = on_file(&scratch);
     let server = serve(&drive, &HALVES);
     let address = attached::address(&server);
     thread::scope(|scope| -> TestResult {
@@ -181,10 +165,7 @@ fn killed_claimant_does_not_disturb_another() -> TestResult {
 fn equal_claimants_get_within_20_percent_of_each_other() -> TestResult {
     let _quiet = measuring();
     let scratch = Scratch::new("fair")?;
-    let on_file = format!(
-        "path={},size=64MiB,queues=8",
-        scratch.join("disk.img").display()
-    );
+    let on_file = on_file(&scratch);
     for (drive, load) in [
         (IN_MEMORY, ["--iodepth", "32", "--bs", "4k"]),
         (&on_file, ["--iodepth", "32", "--bs", "4k"]),
@@ -203,10 +184,7 @@ fn equal_claimants_get_within_20_percent_of_each_other() -> TestResult {
 fn greedy_claimant_does_not_starve_a_modest_one() -> TestResult {
     let _quiet = measuring();
     let scratch = Scratch::new("greedy")?;
-    let drive = format!(
-        "path={},size=64MiB,queues=8",
-        scratch.join("disk.img").display()
-    );
+    let drive = on_file(&scratch);
     let server = serve(&drive, &HALVES);
     let address = attached::address(&server);
     let modest = ["--iodepth", "1", "--bs", "4k"];

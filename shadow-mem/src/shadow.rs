@@ -123,11 +123,6 @@ impl ShadowAllocator {
         self.pages - self.free
     }
 
-    /// How many pages are free.
-    pub fn free_pages(&self) -> u32 {
-        self.free
-    }
-
     fn search(&self, from: u32, to: u32, wanted: u32) -> Option<u32> {
         let mut start = from;
         let mut page = from;

@@ -193,19 +193,6 @@ pub enum FunctionError {
     },
 }
 
-impl FunctionError {
-    /// Whether the same call may succeed later without anyone's help.
-    pub fn is_retryable(&self) -> bool {
-        match self {
-            Self::Io { source, .. } => matches!(
-                source.kind(),
-                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-            ),
-            _ => false,
-        }
-    }
-}
-
 /// What a function, or its host, says unasked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {

@@ -2,9 +2,11 @@
 //!
 //! A [`Function`] is one PCIe function: configuration space, BARs, interrupts, DMA and
 //! reset. This crate defines that seam ([`function`]), the terms of the NVMe specification
-//! that several crates share ([`nvme`]), and the sources of functions. It is the *local*
+//! that several crates share ([`nvme`]), the sources of functions, and what is common to those that
+//! stand [`around`] another one. It is the *local*
 //! transport and knows nothing of networks.
 
+pub mod around;
 pub mod config;
 pub mod driver;
 pub mod function;
@@ -18,6 +20,7 @@ pub mod soft_nvme;
 pub mod sysfs;
 pub mod user;
 
+pub use around::Around;
 pub use function::{
     DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind,
     Iova, Notice, RegionIndex, RegionInfo,

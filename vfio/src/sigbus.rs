@@ -18,7 +18,10 @@
 //! 4. The state says that pages are lost before the first of them is replaced, and that they
 //!    are whole again only after the last has been: whoever finds the same whole state before
 //!    and after an access has not touched a replaced page.
-#![allow(unsafe_code)]
+#![allow(
+    unsafe_code,
+    reason = "signal handlers and mappings are unsafe to make"
+)]
 
 use std::fmt;
 use std::io;

@@ -15,8 +15,7 @@ use farbus_vfio::nvme::{PAGE_SIZE, Status, SubmissionEntry, admin, cns, csts, fe
 use farbus_vfio::shared::{Portion, SharedDrive, SharedError, SliceSpec};
 use farbus_vfio::soft_nvme::{SoftNvme, SoftNvmeConfig};
 use farbus_vfio::{
-    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
-    RegionIndex,
+    Around, DmaAccess, DmaWindow, Function, FunctionError, Iova, Notice, RegionIndex,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::poll::PollContext;
@@ -416,9 +415,9 @@ impl Faulty {
     }
 }
 
-impl Function for Faulty {
-    fn info(&self) -> &FunctionInfo {
-        self.drive.info()
+impl Around for Faulty {
+    fn inner(&self) -> &dyn Function {
+        &*self.drive
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
@@ -449,32 +448,6 @@ impl Function for Faulty {
     ) -> Result<(), FunctionError> {
         self.check()?;
         self.drive.region_write(region, offset, data)
-    }
-
-    fn map_dma(&self, window: &DmaWindow) -> Result<(), FunctionError> {
-        self.drive.map_dma(window)
-    }
-
-    fn unmap_dma(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
-        self.drive.unmap_dma(iova, len)
-    }
-
-    fn set_interrupts(
-        &self,
-        kind: InterruptKind,
-        first: u32,
-        events: &[Option<Arc<EventFd>>],
-    ) -> Result<(), FunctionError> {
-        self.drive.set_interrupts(kind, first, events)
-    }
-
-    fn mask_interrupt(
-        &self,
-        kind: InterruptKind,
-        vector: u32,
-        masked: bool,
-    ) -> Result<(), FunctionError> {
-        self.drive.mask_interrupt(kind, vector, masked)
     }
 
     fn reset(&self) -> Result<(), FunctionError> {

@@ -4,12 +4,14 @@
 //!   what is wrong with one told as a problem.
 //! - [`listen`]: the UNIX socket; [`tls`]: TCP, with certificates; [`server`]: connections, with their
 //!   limits.
+//! - [`daemon`]: what both say of themselves in the same way.
 //! - [`client`]: asks such a server.
 //! - [`metrics`]: counts requests, and shows counts to Prometheus.
 //! - [`notify`]: tells systemd how a daemon is; [`logging`]: lines for people or programs.
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod daemon;
 pub mod extract;
 pub mod handshakes;
 pub mod listen;

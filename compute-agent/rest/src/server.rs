@@ -48,6 +48,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 const GONE: Duration = Duration::from_secs(60);
 
 /// How long nothing is accepted after the kernel has refused to, such as for want of descriptors.
+/// The listener stays readable meanwhile, and nothing tells that there are descriptors again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Who sent a request; an extension of each.

@@ -7,7 +7,6 @@
 #![forbid(unsafe_code)]
 
 mod attachment;
-mod daemon;
 mod device;
 mod event;
 
@@ -15,6 +14,6 @@ pub use attachment::{
     Attachment, AttachmentSpec, AttachmentState, Attachments, EndpointSpec, Fabric, Limits, Msix,
     Statistics, Vm, WorkerStatus,
 };
-pub use daemon::{Health, Version};
 pub use device::{Device, DeviceClass, DeviceState, Devices, Selector, Unreachable};
 pub use event::Event;
+pub use farbus_rest::daemon::{Health, Version};

@@ -15,7 +15,8 @@ use rustix::process::{Signal, getpid, kill_process};
 use super::messages::Link;
 use super::worker::{Asked, Custody};
 
-/// How often it looks without being told.
+/// How often it looks without being told: how the link is, and, where the sandbox has no inotify, whether
+/// there is a new daemon.
 const TICK: Duration = Duration::from_secs(1);
 
 /// Starts the thread, if there is a keeper. An end that the keeper asks for is a SIGTERM to this

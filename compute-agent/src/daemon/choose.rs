@@ -18,7 +18,7 @@ use crate::api::{AttachmentSpec, Device, DeviceState, Devices, Selector};
 /// it first.
 const RESET: Duration = Duration::from_secs(3);
 
-/// How often it is asked meanwhile.
+/// How often it is asked meanwhile; device servers do not tell of themselves that a device is free.
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// The devices that attachments of this agent have, and those that they had a moment ago.

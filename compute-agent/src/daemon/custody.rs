@@ -1,13 +1,15 @@
 //! The workers' keeper as the daemon uses it: what workers say goes to the tasks of their attachments.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::id::AttachmentId;
+use super::process::Starting;
 use crate::api;
 use crate::custody::fdstore::FdStore;
 use crate::custody::messages::Link;
@@ -20,9 +22,6 @@ const WINDOW: Duration = Duration::from_secs(2);
 /// How long workers may take to find a new daemon. A worker that is stopped, or of another version, does
 /// not come.
 const RETURN: Duration = Duration::from_secs(2);
-
-/// How often is looked whether they have.
-const LOOK: Duration = Duration::from_millis(10);
 
 /// Why what a VM asks for waits, if its worker has said so.
 type Down = Option<String>;
@@ -42,6 +41,8 @@ type Entries = Arc<Mutex<HashMap<String, Entry>>>;
 pub struct Custody {
     keeper: Keeper,
     entries: Entries,
+    /// A worker has handed over what its successor needs.
+    returned: Arc<Notify>,
 }
 
 impl Custody {
@@ -51,15 +52,23 @@ impl Custody {
     /// See [`KeeperError`].
     pub fn bind(runtime_dir: &Path, user: Option<User>) -> Result<Self, KeeperError> {
         let entries = Entries::default();
-        let told = entries.clone();
+        let returned = Arc::<Notify>::default();
+        let (told, heard) = (entries.clone(), returned.clone());
         let path: PathBuf = runtime_dir.join("custody.sock");
         let keeper = Keeper::bind_with(&path, FdStore::of_service(), move |event| {
+            if matches!(event, Event::Ready { .. }) {
+                heard.notify_waiters();
+            }
             hear(&told, event);
         })?;
         if let Some(user) = user {
             keeper.allow_user(user)?;
         }
-        Ok(Self { keeper, entries })
+        Ok(Self {
+            keeper,
+            entries,
+            returned,
+        })
     }
 
     /// Where workers connect.
@@ -68,13 +77,37 @@ impl Custody {
         self.keeper.path()
     }
 
-    /// There is an attachment of this id now. Tells when its link is lost, and why.
+    /// There is an attachment of this id now, with the worker of this process id, if it has one. Tells when
+    /// its link is lost, and why.
     #[must_use]
-    pub fn admit(&self, id: &AttachmentId) -> watch::Receiver<Down> {
+    pub fn admit(&self, id: &AttachmentId, worker: Option<u32>) -> watch::Receiver<Down> {
         let mut entries = lock(&self.entries);
         let entry = entries.entry(id.to_string()).or_default();
-        self.keeper.admit(id.as_str());
+        match worker {
+            Some(pid) => self.keeper.appoint(id.as_str(), pid),
+            None => self.keeper.admit(id.as_str()),
+        }
         entry.down.subscribe()
+    }
+
+    /// Has the attachment's worker started: no other process gets what is held for it.
+    ///
+    /// # Errors
+    /// Those of `start`.
+    pub fn start_worker(
+        &self,
+        id: &AttachmentId,
+        start: impl FnOnce() -> io::Result<Starting>,
+    ) -> io::Result<Starting> {
+        self.keeper.appoint_started(id.as_str(), || {
+            let starting = start()?;
+            Ok((starting.pid(), starting))
+        })
+    }
+
+    /// The attachment's worker is dead.
+    pub fn worker_died(&self, id: &AttachmentId) {
+        self.keeper.dismiss(id.as_str());
     }
 
     /// All attachments of the daemon before are admitted.
@@ -82,13 +115,23 @@ impl Custody {
         self.keeper.all_admitted();
     }
 
-    /// Waits until each of these has a worker that has handed over what its successor needs, or long enough. One that lives looks for
-    /// a new daemon many times a second.
+    /// Waits until each of these has a worker that has handed over what its successor needs, or long enough.
+    /// One that lives looks for a new daemon many times a second.
     pub async fn wait_for(&self, ids: &[AttachmentId]) {
-        let begun = Instant::now();
-        while begun.elapsed() < RETURN && ids.iter().any(|id| !self.keeper.is_whole(id.as_str())) {
-            tokio::time::sleep(LOOK).await;
-        }
+        let all = async {
+            loop {
+                let returned = self.returned.notified();
+                tokio::pin!(returned);
+                // What comes from here on is not missed.
+                returned.as_mut().enable();
+                if ids.iter().all(|id| self.keeper.is_whole(id.as_str())) {
+                    return;
+                }
+                returned.await;
+            }
+        };
+        // Who has not come by then may come later.
+        let _ = tokio::time::timeout(RETURN, all).await;
     }
 
     /// What a worker had that is dead is not wanted any more: the next one begins anew.

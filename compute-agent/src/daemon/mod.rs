@@ -8,7 +8,7 @@
 //! | [`registry`] | which attachments there are |
 //! | [`attachment`] | one of them, from the request to its end |
 //! | [`choose`], [`pool`] | which devices there are, and which one is taken |
-//! | [`process`] | worker processes |
+//! | [`process`], [`identity`] | worker processes |
 //! | [`custody`] | what outlives a worker |
 //! | [`hot_plug`] | the seam to the VMMs |
 //! | [`store`] | what survives the daemon |
@@ -26,6 +26,7 @@ pub mod custody;
 pub mod events;
 pub mod hot_plug;
 pub mod id;
+pub mod identity;
 pub mod metrics;
 pub mod pool;
 pub mod process;

@@ -1,8 +1,8 @@
 //! Worker processes. They outlive the daemon, on purpose: an attachment goes on while the daemon is
-//! restarted or replaced. So they are addressed through pidfds, found again by the socket in their
-//! command line, and belong to a process group of their own, which no terminal's interrupt reaches.
+//! restarted or replaced. So they are addressed through pidfds, known again by what is written down of them
+//! ([`Identity`]) or by the socket in their command line, and belong to a process group of their own, which
+//! no terminal's interrupt reaches.
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
@@ -20,6 +20,7 @@ use tokio::io::{AsyncBufReadExt, BufReader, Interest, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 
 use super::id::AttachmentId;
+use super::identity::Identity;
 use super::store::Chosen;
 use crate::api::{AttachmentSpec, EndpointSpec, Fabric, Limits, Msix};
 use crate::sandbox::User;
@@ -79,6 +80,14 @@ impl Worker {
             pidfd,
             child: None,
         })
+    }
+
+    /// As [`Self::adopt`], if that process is there yet.
+    #[must_use]
+    pub fn adopt_known(known: &Identity) -> Option<Self> {
+        let worker = Self::adopt(known.pid()).ok()?;
+        // Who it is cannot change any more.
+        known.is_there().then_some(worker)
     }
 
     /// Its process id.
@@ -339,14 +348,15 @@ fn limits(limits: &Limits) -> Option<String> {
     (!each.is_empty()).then(|| each.join(","))
 }
 
-/// The workers on this host whose sockets are in `sockets`, by socket. The kernel knows them all,
+/// The workers on this host whose sockets are in `sockets`, with these. The kernel knows them all,
 /// whatever a daemon that died had come to write down. Only processes of the daemon's own user, and of
-/// the workers' one, if they have one, can be workers; anybody may call a process what he likes.
+/// the workers' one, if they have one, can be workers; anybody may call a process what he likes, so one
+/// whose [`Identity`] was written down is known by that.
 #[must_use]
-pub fn find(sockets: &Path, workers_user: Option<User>) -> HashMap<PathBuf, u32> {
+pub fn find(sockets: &Path, workers_user: Option<User>) -> Vec<(PathBuf, u32)> {
     let own = rustix::process::geteuid().as_raw();
     let Ok(processes) = fs::read_dir("/proc") else {
-        return HashMap::new();
+        return Vec::new();
     };
     let pids = processes
         .flatten()

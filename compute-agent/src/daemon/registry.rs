@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, RandomState};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -14,6 +15,7 @@ use tokio::task::spawn_blocking;
 
 use super::attachment::{Context, Handle, Owner};
 use super::id::AttachmentId;
+use super::identity::Identity;
 use super::pool::Pool;
 use super::process::{self, Worker};
 use super::store::{Phase, Record, StoreError};
@@ -67,11 +69,15 @@ impl Registry {
         let (records, strange) = this.context.store.load()?;
         for record in &records {
             // Workers look for this daemon already.
-            let _ = this.context.custody.admit(&record.id);
+            let known = record.worker.as_ref().filter(|worker| worker.is_there());
+            let _ = this
+                .context
+                .custody
+                .admit(&record.id, known.map(Identity::pid));
         }
         let mut workers = process::find(&sockets, this.context.config.worker_user);
         let mut living = Vec::new();
-        for record in records {
+        for mut record in records {
             let Ok(socket) = record.id.socket(&sockets, &record.life) else {
                 warn!(
                     "attachment {} does not fit in {}",
@@ -80,7 +86,11 @@ impl Registry {
                 );
                 continue;
             };
-            let worker = workers.remove(&socket).and_then(adopt);
+            let worker = match &record.worker {
+                Some(known) => Worker::adopt_known(known),
+                None => this.adopt_found(&mut record, &socket, &workers),
+            };
+            workers.retain(|(_, pid)| worker.as_ref().is_none_or(|worker| worker.pid() != *pid));
             let found = if worker.is_some() { "" } else { "no " };
             info!("attachment {} is taken over, with {found}worker", record.id);
             if let Some(device) = record
@@ -118,12 +128,34 @@ impl Registry {
         Ok(this)
     }
 
-    fn begin(
-        self: &Arc<Self>,
-        record: Record,
-        socket: std::path::PathBuf,
-        worker: Option<Worker>,
-    ) -> Handle {
+    /// The worker of an attachment, by its command line: the daemon before has ended between its start
+    /// and the note of it, or was one that made no notes. Of several none is the worker.
+    fn adopt_found(
+        &self,
+        record: &mut Record,
+        socket: &Path,
+        workers: &[(PathBuf, u32)],
+    ) -> Option<Worker> {
+        let mut named = workers.iter().filter(|(of, _)| of == socket);
+        let (Some((_, pid)), None) = (named.next(), named.next()) else {
+            return None;
+        };
+        let worker = adopt(*pid)?;
+        if record.phase != Phase::Starting {
+            warn!(
+                "attachment {}: it was not written down which process its worker is; {pid}, whose command \
+                 line names its socket, is taken for it",
+                record.id
+            );
+        }
+        record.worker = Identity::of_worker(*pid);
+        if let Err(error) = self.context.store.save(record) {
+            error!("{:#}", anyhow::Error::new(error));
+        }
+        Some(worker)
+    }
+
+    fn begin(self: &Arc<Self>, record: Record, socket: PathBuf, worker: Option<Worker>) -> Handle {
         let id = record.id.clone();
         let (owner, handle) = Owner::new(self.context.clone(), record, socket, worker);
         lock(&self.attachments).insert(id.clone(), handle.clone());
@@ -206,6 +238,7 @@ impl Registry {
             reason: None,
             since: farbus_rest::timestamp(SystemTime::now()),
             restarts: 0,
+            worker: None,
         };
         let (store, saved) = (self.context.store.clone(), record.clone());
         let done = spawn_blocking(move || store.save(&saved)).await;
@@ -253,7 +286,7 @@ impl Registry {
             &self.context.config.sockets(),
             self.context.config.worker_user,
         );
-        for worker in workers.values().copied().filter_map(adopt) {
+        for worker in workers.iter().filter_map(|(_, pid)| adopt(*pid)) {
             worker.signal(rustix::process::Signal::TERM);
         }
         workers.len()

@@ -11,6 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::id::AttachmentId;
+use super::identity::Identity;
 use crate::api::AttachmentSpec;
 
 /// The device that an attachment has got.
@@ -73,6 +74,10 @@ pub struct Record {
     pub since: String,
     /// How often its worker was replaced.
     pub restarts: u32,
+    /// The process that carries it, dead perhaps. None before one is started, and until that is written
+    /// down; then the next daemon has nothing but the command lines of all processes to find it by.
+    #[serde(default)]
+    pub worker: Option<Identity>,
 }
 
 /// Why nothing can be remembered.
@@ -272,6 +277,7 @@ mod tests {
             since: String::new(),
             life: String::new(),
             restarts: 0,
+            worker: None,
         }
     }
 

@@ -16,7 +16,7 @@ use super::{DeviceKind, HotplugError, PlugDevice, Plugged, Unplugged, device_nam
 
 const WHAT: &str = "the cloud-hypervisor API";
 
-/// How often is looked whether the guest has let go.
+/// How often is looked whether the guest has let go: the API has no events.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How often a guest is asked to let go.

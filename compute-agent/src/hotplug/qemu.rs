@@ -20,7 +20,8 @@ const ASK_AGAIN: Duration = Duration::from_secs(11);
 /// How often is looked whether a device is gone whose event was missed.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// What QEMU cannot do at once is tried again after this.
+/// What QEMU cannot do at once is tried again after this: no event tells that a character device is no
+/// longer in use.
 const TRY_AGAIN: Duration = Duration::from_millis(200);
 
 /// How soon QEMU connects again to a vhost-user backend that was lost.

@@ -9,7 +9,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use super::HotplugError;
 
-/// How often a server whose queue of connections is full is asked again.
+/// How often a server whose queue of connections is full is asked again: such a socket cannot be waited
+/// for (connect(2), EAGAIN).
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A VMM answers within milliseconds, unless it hangs.

@@ -15,13 +15,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::connection::{Connection, Left};
 use super::listener::{EndpointError, Listener};
 use super::msix::Watch;
-use super::peer::pid_of;
 use super::record::SessionRecord;
 use super::refusal::End;
 use super::session::Session;
 use crate::api::Msix;
 use crate::custody::Custody;
 use crate::custody::worker::{CONNECTION, LISTENER, key};
+use crate::peer::pid_of;
 
 /// How many clients can be in the course of being turned away.
 const MAX_TURNED_AWAY: usize = 4;
@@ -191,11 +191,6 @@ impl Endpoint {
     /// Where VMMs connect.
     pub fn path(&self) -> &Path {
         self.listener.path()
-    }
-
-    /// Whether a client is connected.
-    pub fn has_client(&self) -> bool {
-        self.client.is_some()
     }
 
     /// Closes down in order: removes the socket file, ends the client's connection so that

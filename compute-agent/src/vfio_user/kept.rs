@@ -22,7 +22,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
 use super::inbox::{Inbox, RECEIVE_SIZE};
 use super::outbox::Outbox;
-use super::peer;
+use super::peek;
 use super::record::{Progress, SessionRecord};
 use super::refusal::End;
 use crate::custody::Custody;
@@ -50,7 +50,7 @@ impl Kept {
         record: &SessionRecord,
         custody: &Custody,
     ) -> io::Result<Self> {
-        peer::peek_from_start(stream)?;
+        peek::peek_from_start(stream)?;
         let (out, into) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         record.clear();
         custody.keep(vec![
@@ -88,10 +88,10 @@ impl Kept {
         if !inbox.resume(progress.inbox, incoming) || !outbox.resume(progress.outbox) {
             return Err("its record does not hold together");
         }
-        let peeked = peer::peeked(stream).map_err(|_| "its socket does not tell how far it is")?;
+        let peeked = peek::peeked(stream).map_err(|_| "its socket does not tell how far it is")?;
         if progress.unconsumed == 0 {
             // What was read was not noted: it is read again.
-            peer::peek_from_start(stream).map_err(|_| "its socket cannot be read from")?;
+            peek::peek_from_start(stream).map_err(|_| "its socket cannot be read from")?;
         } else {
             consume(stream, peeked.min(progress.unconsumed)).map_err(|_| "it has ended")?;
         }

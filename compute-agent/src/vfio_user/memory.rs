@@ -4,7 +4,10 @@
 //! Rule: of a range of the memory there is one [`Buffer`] in one process at a time. A process that
 //! goes on with another's memory got it from the keeper, which gives it out only when the
 //! connection of the process that had it has ended; the keeper itself never maps it.
-#![allow(unsafe_code)]
+#![allow(
+    unsafe_code,
+    reason = "a mapping that a successor finds is no slice that Rust has made"
+)]
 
 use std::fs::File;
 use std::io;

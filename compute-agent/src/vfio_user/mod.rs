@@ -33,7 +33,7 @@ pub(crate) mod listener;
 mod memory;
 mod msix;
 mod outbox;
-pub(crate) mod peer;
+mod peek;
 pub(crate) mod record;
 mod refusal;
 mod regions;

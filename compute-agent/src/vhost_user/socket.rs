@@ -71,7 +71,10 @@ impl Socket {
 }
 
 /// Takes over a descriptor that this process was started with.
-#[allow(unsafe_code)]
+#[allow(
+    unsafe_code,
+    reason = "a descriptor of the command line is known by its number only"
+)]
 fn adopt(number: RawFd) -> io::Result<OwnedFd> {
     // The standard streams are in use.
     if number <= libc::STDERR_FILENO {

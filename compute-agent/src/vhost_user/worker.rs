@@ -23,9 +23,9 @@ use super::device::{Change, Device, Worked};
 use super::drive::{BringUp, Drive};
 use super::reactor::Reactor;
 use super::socket::Socket;
+use crate::peer::pid_of;
 use crate::reconnect::Source;
 use crate::upkeep::{TICK, Upkeep, signals};
-use crate::vfio_user::peer::pid_of;
 
 /// Messages of a VMM before other work has its turn.
 const BURST: usize = 16;

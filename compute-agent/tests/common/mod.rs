@@ -3,9 +3,13 @@
 #![allow(
     dead_code,
     unused_imports,
+    reason = "each test file uses what it needs of it"
+)]
+#![allow(
     clippy::unwrap_used,
     clippy::expect_used,
-    clippy::panic
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
 )]
 
 use std::collections::BTreeMap;

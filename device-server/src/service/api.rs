@@ -106,25 +106,6 @@ pub struct Drain {
     pub claims: u64,
 }
 
-/// Answer of `/healthz` and `/readyz`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Health {
-    /// Always `ok`: what is not is told by a problem.
-    #[schema(example = "ok")]
-    pub status: String,
-}
-
-/// Answer of `GET /v1/version`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Version {
-    /// The program's version.
-    pub version: String,
-    /// The oldest version of the wire protocol that it speaks.
-    pub oldest_protocol: u16,
-    /// The newest one.
-    pub newest_protocol: u16,
-}
-
 impl ExportInfo {
     /// An export as it is now.
     pub(super) fn of(export: &Export, draining: bool) -> Self {

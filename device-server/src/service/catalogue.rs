@@ -6,8 +6,7 @@
 //! and then; it holds up nothing else.
 
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use farbus_vfio::soft_nvme::Medium;
 use log::{info, warn};
@@ -15,11 +14,11 @@ use log::{info, warn};
 use super::api::{Reloaded, Unopened};
 use crate::config::Entry;
 use crate::exports::{self, Export, Exports};
+use crate::join;
 use crate::sources::{Given, Order, Source, SourceError, Stock};
 
 /// How long the end of an export waits for its function to be closed.
 const CLOSING: Duration = Duration::from_secs(3);
-const CLOSING_STEP: Duration = Duration::from_millis(5);
 
 /// What is exported, and where it came from.
 pub(super) struct Catalogue {
@@ -203,10 +202,7 @@ fn end(live: &mut Live, stock: &mut Stock, exports: &Exports) -> bool {
         }
         Err(exports::StillClaimed) => true,
     });
-    let begun = Instant::now();
-    while !closing.iter().all(thread::JoinHandle::is_finished) && begun.elapsed() < CLOSING {
-        thread::sleep(CLOSING_STEP);
-    }
+    join::within(CLOSING, closing);
     if live.exports.is_empty() {
         stock.take_back(std::mem::take(&mut live.given));
     }

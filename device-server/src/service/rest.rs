@@ -49,7 +49,7 @@ pub(super) fn router(all: Exports, requests: mpsc::Sender<Request>) -> Router {
         .route("/v1/drain", post(daemon::drain).delete(daemon::undo_drain))
         .route("/v1/version", get(daemon::version))
         .route("/v1/openapi.json", get(openapi::get))
-        .route("/healthz", get(daemon::healthz))
+        .route("/healthz", get(farbus_rest::daemon::healthz))
         .route("/readyz", get(daemon::readyz))
         .route("/metrics", get(daemon::metrics))
         .with_state(state);

@@ -18,6 +18,8 @@ use crate::exports::{Export, Reopen, ask};
 
 /// How long functions may stay open at the end, after all attachments had their time to end.
 const CLOSING: Duration = Duration::from_secs(3);
+/// How often is looked whether they are. A function may be the last thing that any thread lets go of, so there
+/// is no one to tell.
 const CLOSING_STEP: Duration = Duration::from_millis(10);
 
 /// Opened functions, and what was changed on the host for them.

@@ -13,7 +13,10 @@
 //! 3. A [`Scatter`] holds slices by unique borrow, a [`Gather`] by shared borrow; neither can
 //!    stand in for the other.
 
-#![allow(unsafe_code)]
+#![allow(
+    unsafe_code,
+    reason = "no reference to memory of a guest may exist, and safe calls take slices"
+)]
 
 use std::io;
 use std::marker::PhantomData;

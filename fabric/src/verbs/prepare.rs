@@ -38,6 +38,9 @@ const RETRIES: u8 = 6;
 const LEAST_LOCKED: u64 = 64 << 20;
 /// How long the first write to the peer may take: longer than all the retries.
 const PROOF: Duration = Duration::from_secs(2);
+/// How often is looked for its answer, which takes microseconds: the completion channel is armed for the
+/// event loop, later.
+const PROOF_STEP: Duration = Duration::from_micros(50);
 
 /// A queue pair that waits for its peer's.
 pub(crate) struct Prepared {
@@ -167,7 +170,7 @@ impl Prepared {
             if Instant::now() > until {
                 return Err("the RDMA device does not answer".to_owned());
             }
-            std::thread::sleep(Duration::from_micros(50));
+            std::thread::sleep(PROOF_STEP);
         }
         Ok(())
     }

@@ -13,10 +13,7 @@ use farbus_integration::scratch::Scratch;
 use farbus_vfio::driver::{DriverError, block_command};
 use farbus_vfio::nvme::{DOORBELL_BASE, csts, nvm, reg};
 use farbus_vfio::soft_nvme::SoftNvme;
-use farbus_vfio::{
-    DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice, PciAddress,
-    RegionIndex,
-};
+use farbus_vfio::{Around, Function, FunctionError, Notice, PciAddress, RegionIndex};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::bed::{BLOCK, Bed, eventually, export_name};
@@ -47,9 +44,9 @@ struct Noticing {
     signals: Arc<Signals>,
 }
 
-impl Function for Noticing {
-    fn info(&self) -> &FunctionInfo {
-        self.drive.info()
+impl Around for Noticing {
+    fn inner(&self) -> &dyn Function {
+        &self.drive
     }
 
     fn pci_address(&self) -> Option<PciAddress> {
@@ -62,10 +59,6 @@ impl Function for Noticing {
             return Ok(());
         }
         self.drive.config_read(offset, data)
-    }
-
-    fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), FunctionError> {
-        self.drive.config_write(offset, data)
     }
 
     fn region_read(
@@ -92,32 +85,6 @@ impl Function for Noticing {
             return Ok(());
         }
         self.drive.region_write(region, offset, data)
-    }
-
-    fn map_dma(&self, window: &DmaWindow) -> Result<(), FunctionError> {
-        self.drive.map_dma(window)
-    }
-
-    fn unmap_dma(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
-        self.drive.unmap_dma(iova, len)
-    }
-
-    fn set_interrupts(
-        &self,
-        kind: InterruptKind,
-        first: u32,
-        events: &[Option<Arc<EventFd>>],
-    ) -> Result<(), FunctionError> {
-        self.drive.set_interrupts(kind, first, events)
-    }
-
-    fn mask_interrupt(
-        &self,
-        kind: InterruptKind,
-        vector: u32,
-        masked: bool,
-    ) -> Result<(), FunctionError> {
-        self.drive.mask_interrupt(kind, vector, masked)
     }
 
     fn reset(&self) -> Result<(), FunctionError> {

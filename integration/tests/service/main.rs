@@ -9,6 +9,7 @@ mod crash;
 mod crowd;
 mod endurance;
 mod hopeless;
+mod impostor;
 mod leaving;
 mod life;
 mod load;

@@ -35,6 +35,10 @@ use crate::nvme::{CompletionEntry, DOORBELL_BASE, PAGE_SIZE, SubmissionEntry, ca
 
 /// How often the queues are looked at when no interrupt comes.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// How often they are looked at where there are no interrupts.
+const LOOK: Duration = Duration::from_micros(100);
+/// How often a register is read whose change is waited for; none has an interrupt.
+const REGISTER_LOOK: Duration = Duration::from_micros(200);
 /// Command register: memory space and bus master (PCI 3.0 §6.2.2).
 const COMMAND_OFFSET: u16 = 4;
 const COMMAND_BITS: u16 = 1 << 2 | 1 << 1;
@@ -405,7 +409,7 @@ impl<F: Function + ?Sized> NvmeDriver<F> {
     fn wait_event(&self, vector: Option<u16>, limit: Duration) -> Result<bool, DriverError> {
         let event = vector.and_then(|vector| self.events.get(usize::from(vector)));
         let Some(event) = event else {
-            std::thread::sleep(limit.min(Duration::from_micros(100)));
+            std::thread::sleep(limit.min(LOOK));
             return Ok(false);
         };
         let fail = |source| DriverError::Io {
@@ -507,7 +511,7 @@ impl Deadline {
     /// Checks, and waits a little.
     fn pause(&self, what: &str) -> Result<(), DriverError> {
         self.check(what)?;
-        std::thread::sleep(Duration::from_micros(200));
+        std::thread::sleep(REGISTER_LOOK);
         Ok(())
     }
 }

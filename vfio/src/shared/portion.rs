@@ -12,22 +12,18 @@ use super::io::Scratch;
 use super::queues::{Own, Slots};
 use super::slices::SharedError;
 use super::windows::Windows;
-use crate::config::{BarKind, ConfigEffect, ConfigImage, ConfigSpace, MsixLayout};
+use crate::config::ConfigEffect;
 use crate::driver::DmaMemory;
 use crate::function::{
     DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind, Iova, Notice,
-    RegionIndex, RegionInfo,
+    RegionIndex,
 };
-use crate::nvme::{DOORBELL_BASE, PAGE_SIZE, PCI_CLASS, csts, reg};
-use crate::soft_nvme::{Features, VENDOR};
+use crate::nvme::{DOORBELL_BASE, PAGE_SIZE, csts, reg};
+use crate::soft_nvme::Features;
+use crate::soft_nvme::shape::{self, BAR_SIZE, MSIX_TABLE};
 
 /// PCI device id of a portion.
 const DEVICE: u16 = 0x0002;
-/// BAR 0: registers, doorbells, then the MSI-X table and pending bits, which mean nothing here.
-const BAR_SIZE: u64 = 0x4000;
-const MSIX_TABLE: u64 = 0x2000;
-const MSIX_PBA: u64 = 0x3000;
-
 /// A part of a drive that several share: a controller with one namespace.
 ///
 /// It is driven by one thread at a time, which calls [`Function::service`] when it looks for
@@ -43,22 +39,7 @@ impl Portion {
     pub(super) fn new(drive: Arc<SharedDrive>, index: usize) -> Result<Self, SharedError> {
         let slice = drive.slice(index);
         let vectors = slice.pairs + 1;
-        let bar0 = RegionInfo {
-            index: RegionIndex::BAR0,
-            size: BAR_SIZE,
-        };
-        let layout = MsixLayout {
-            vectors,
-            table: (RegionIndex::BAR0, MSIX_TABLE),
-            pba: (RegionIndex::BAR0, MSIX_PBA),
-        };
-        let image = ConfigImage::new(VENDOR, DEVICE, PCI_CLASS)
-            .bar(0, BarKind::Memory64)
-            .power_management()
-            .msix(layout)
-            .express()
-            .build();
-        let config = ConfigSpace::from_image(&image, &[bar0]).map_err(FunctionError::from)?;
+        let (bar0, config) = shape::configuration(DEVICE, vectors).map_err(FunctionError::from)?;
         let own_len = Own::len_for(slice.pairs);
         let own_at = slice.addresses.end() + 1 - own_len as u64;
         let range = *slice.addresses.start()..=own_at - 1;
@@ -135,22 +116,6 @@ impl Portion {
         })
     }
 
-    fn check_vectors(
-        &self,
-        kind: InterruptKind,
-        first: u32,
-        count: usize,
-    ) -> Result<(), FunctionError> {
-        let available = self.info.interrupts.of(kind);
-        let end = u64::from(first) + count as u64;
-        if end > u64::from(available) {
-            return Err(FunctionError::Unsupported(format!(
-                "{kind:?} vectors {first} to {end} were asked for, but there are {available}"
-            )));
-        }
-        Ok(())
-    }
-
     fn write_dword(&self, offset: u64, value: u32) {
         let mut state = self.state();
         let drive = &self.drive;
@@ -215,15 +180,7 @@ impl Function for Portion {
         data: &[u8],
     ) -> Result<(), FunctionError> {
         self.check_access(region, offset, data.len())?;
-        if !matches!(data.len(), 4 | 8) || offset % data.len() as u64 != 0 {
-            log::debug!("a write of {} bytes at {offset:#x} is ignored", data.len());
-            return Ok(());
-        }
-        for (at, bytes) in (offset..).step_by(4).zip(data.chunks_exact(4)) {
-            let value = bytes
-                .iter()
-                .rev()
-                .fold(0, |value, &byte| value << 8 | u32::from(byte));
+        for (at, value) in shape::dwords(offset, data) {
             self.write_dword(at, value);
         }
         Ok(())
@@ -251,7 +208,7 @@ impl Function for Portion {
         first: u32,
         events: &[Option<Arc<EventFd>>],
     ) -> Result<(), FunctionError> {
-        self.check_vectors(kind, first, events.len())?;
+        shape::check_vectors(&self.info, kind, first, events.len())?;
         let mut state = self.state();
         for (listener, event) in state.listeners.iter_mut().skip(first as usize).zip(events) {
             listener.clone_from(event);

@@ -12,7 +12,8 @@
 //!   the way from a command to its data, `sys` the system calls that move it.
 //! - `controller` is what the threads share and how a command lives; `threads` are those that
 //!   do the work, `inline` what is done without them; `admin` (with `identify`, `features`,
-//!   `health` and `events`) and `io` have the commands; `size` follows a file that grows.
+//!   `health` and `events`) and `io` have the commands; `size` follows a file that grows; `shape` is
+//!   how it looks to PCI.
 //!
 //! A write to a doorbell stores the tail. With a file, which may keep a command waiting, it
 //! then wakes a thread; with memory or nothing, the commands are carried out there and then.
@@ -38,6 +39,7 @@ mod open;
 mod options;
 mod prp;
 mod queues;
+pub(crate) mod shape;
 mod size;
 #[allow(unsafe_code, reason = "vectored I/O on memory that is not ours alone")]
 mod sys;
@@ -62,19 +64,13 @@ pub use options::{
 };
 pub(crate) use prp::{LIST_ENTRIES, walk};
 
-use crate::config::{BarKind, ConfigEffect, ConfigImage, ConfigSpace, MsixLayout, PowerState};
+use self::shape::{MSIX_PBA, MSIX_TABLE};
+use crate::config::{ConfigEffect, ConfigSpace, PowerState};
 use crate::function::{
     DmaWindow, Function, FunctionError, FunctionInfo, InterruptCounts, InterruptKind, Iova,
     RegionIndex, RegionInfo,
 };
-use crate::nvme::{DOORBELL_BASE, PCI_CLASS};
-
-/// Size of BAR 0 in bytes.
-const BAR_SIZE: u64 = 0x4000;
-/// Where in BAR 0 the MSI-X table is.
-const MSIX_TABLE: u64 = 0x2000;
-/// Where in BAR 0 the MSI-X pending bits are.
-const MSIX_PBA: u64 = 0x3000;
+use crate::nvme::DOORBELL_BASE;
 
 /// Locks a mutex. A thread that panicked while it held the lock has left state that is still
 /// sound, if perhaps not what was wanted; a second panic would help nobody.
@@ -116,22 +112,7 @@ impl SoftNvme {
         config.check()?;
         let backing = open::open(config)?;
         let vectors = config.queues + 1;
-        let bar0 = RegionInfo {
-            index: RegionIndex::BAR0,
-            size: BAR_SIZE,
-        };
-        let layout = MsixLayout {
-            vectors,
-            table: (RegionIndex::BAR0, MSIX_TABLE),
-            pba: (RegionIndex::BAR0, MSIX_PBA),
-        };
-        let image = ConfigImage::new(VENDOR, DEVICE, PCI_CLASS)
-            .bar(0, BarKind::Memory64)
-            .power_management()
-            .msix(layout)
-            .express()
-            .build();
-        let space = ConfigSpace::from_image(&image, &[bar0])?;
+        let (bar0, space) = shape::configuration(DEVICE, vectors)?;
         let info = FunctionInfo {
             label: format!("soft-nvme {}", config.medium),
             config_size: space.size(),
@@ -227,22 +208,6 @@ impl SoftNvme {
             _ => {}
         }
     }
-
-    fn check_vectors(
-        &self,
-        kind: InterruptKind,
-        first: u32,
-        count: usize,
-    ) -> Result<(), FunctionError> {
-        let available = self.info.interrupts.of(kind);
-        let end = u64::from(first) + count as u64;
-        if end > u64::from(available) {
-            return Err(FunctionError::Unsupported(format!(
-                "{kind:?} vectors {first} to {end} were asked for, but there are {available}"
-            )));
-        }
-        Ok(())
-    }
 }
 
 impl Function for SoftNvme {
@@ -282,8 +247,6 @@ impl Function for SoftNvme {
         Ok(())
     }
 
-    /// Registers take aligned accesses of 4 and 8 bytes, as the specification demands of
-    /// software (§3.1); others go nowhere.
     fn region_write(
         &self,
         region: RegionIndex,
@@ -291,18 +254,7 @@ impl Function for SoftNvme {
         data: &[u8],
     ) -> Result<(), FunctionError> {
         let offset = self.check_access(region, offset, data.len())?;
-        if !matches!(data.len(), 4 | 8) || offset % data.len() as u64 != 0 {
-            log::debug!(
-                "a write of {} bytes at {offset:#x} of {region} is ignored",
-                data.len()
-            );
-            return Ok(());
-        }
-        for (at, bytes) in (offset..).step_by(4).zip(data.chunks_exact(4)) {
-            let value = bytes
-                .iter()
-                .rev()
-                .fold(0, |value, &byte| value << 8 | u32::from(byte));
+        for (at, value) in shape::dwords(offset, data) {
             self.write_dword(at, value);
         }
         Ok(())
@@ -322,7 +274,7 @@ impl Function for SoftNvme {
         first: u32,
         events: &[Option<Arc<EventFd>>],
     ) -> Result<(), FunctionError> {
-        self.check_vectors(kind, first, events.len())?;
+        shape::check_vectors(&self.info, kind, first, events.len())?;
         self.controller
             .interrupts
             .set(first, events)
@@ -338,7 +290,7 @@ impl Function for SoftNvme {
         vector: u32,
         masked: bool,
     ) -> Result<(), FunctionError> {
-        self.check_vectors(kind, vector, 1)?;
+        shape::check_vectors(&self.info, kind, vector, 1)?;
         self.controller.interrupts.mask(vector, masked);
         Ok(())
     }

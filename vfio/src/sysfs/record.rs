@@ -20,6 +20,7 @@ const VERSION: u32 = 1;
 const MAX_LEN: u64 = 1 << 20;
 /// A change of the record takes microseconds; whoever has it for longer than this hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often the lock is asked for meanwhile: flock(2) has no time limit.
 const RETRY: Duration = Duration::from_millis(10);
 
 /// What has been lent, and by whom.

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::body::{
-    DeviceInfo, DmaMap, DmaUnmap, IrqInfo, MultiWrite, RegionAccess, RegionInfo, SetIrqs,
-    UNMAP_ALL, Version, WriteMulti, reply_flag,
+    DeviceInfo, DmaMap, DmaUnmap, IrqInfo, MultiWrite, RegionAccess, RegionInfo, SetIrqs, Version,
+    WriteMulti, reply_flag,
 };
 use super::caps::Capabilities;
 use super::error::{ClientError, nonsense};
@@ -267,17 +267,6 @@ impl Client {
             flags: 0,
             address: iova.0,
             size,
-        };
-        self.call(Command::DmaUnmap, &ask.encode(), &[]).map(drop)
-    }
-
-    /// Takes every window back.
-    pub fn dma_unmap_all(&mut self) -> Result<(), ClientError> {
-        let ask = DmaUnmap {
-            argsz: DmaUnmap::LEN as u32,
-            flags: UNMAP_ALL,
-            address: 0,
-            size: 0,
         };
         self.call(Command::DmaUnmap, &ask.encode(), &[]).map(drop)
     }

@@ -3,7 +3,7 @@
 //! `EventFd` offers raw descriptors only, and to make an owned or borrowed one of those is
 //! unsafe. Rules: a raw descriptor never leaves this file, and the type that comes out
 //! owns it, or borrows from the one that does.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "`EventFd` has raw descriptors only")]
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 

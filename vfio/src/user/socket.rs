@@ -17,7 +17,8 @@ use rustix::net::{
 
 use super::wire::MAX_MSG_FDS;
 
-/// How often a server whose queue of connections is full is asked again.
+/// How often a server whose queue of connections is full is asked again: such a socket cannot be waited
+/// for (connect(2), EAGAIN).
 const ASK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Connects. A server that accepts nobody would let a blocking connect wait for ever.

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bench::Bench;
 
+/// That nothing comes can only be waited for.
 const SOON: Duration = Duration::from_millis(50);
 const LONG: Duration = Duration::from_secs(5);
 

@@ -6,7 +6,7 @@ use clap::Args;
 use farbus_compute_agent::api::{Attachment, AttachmentState};
 use farbus_rest::client::{Client, ClientError};
 
-use crate::attach::{PAUSE, longest_wait, parse_id};
+use crate::attach::{longest_wait, parse_id};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::show::{json, text};
@@ -50,7 +50,7 @@ pub(crate) async fn run(args: &DetachArgs, client: &Client, as_json: bool) -> Re
             }
             Err(error) => return Err(error.into()),
         }
-        tokio::time::sleep(PAUSE).await;
+        // The agent has waited for as long as one request may.
     };
     drop(progress);
     if as_json {

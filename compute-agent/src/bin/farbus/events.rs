@@ -9,7 +9,8 @@ use farbus_rest::client::{Client, ClientError};
 use crate::failure::{Failure, remark};
 use crate::show::{json_line, name, printable, text};
 
-/// Between two attempts to reach an agent that has gone.
+/// Between two attempts to reach an agent that has gone, perhaps on another host: nothing tells that it
+/// listens again.
 const PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Args)]

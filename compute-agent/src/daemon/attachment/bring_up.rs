@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use log::{info, warn};
 
+use super::super::identity::Identity;
 use super::super::process::{NUM_QUEUES, QUEUE_SIZE, StartError};
 use super::super::store::{Chosen, Phase};
 use super::Owner;
@@ -103,12 +104,21 @@ impl Owner {
 
     /// Starts a worker and waits until it is ready.
     pub(super) async fn launch(&mut self, device: &Chosen) -> Launched {
+        if self.record.worker.take().is_some() {
+            // A daemon that finds it must not take the dead one for all that there is.
+            self.save().await;
+        }
         let launcher = &self.context.launcher;
-        let started = launcher.start(&self.record.id, &self.record.spec, device, &self.socket);
+        let started = self.context.custody.start_worker(&self.record.id, || {
+            launcher.start(&self.record.id, &self.record.spec, device, &self.socket)
+        });
         let mut starting = match started {
             Ok(starting) => starting,
             Err(error) => return Launched::Refused(error.into()),
         };
+        self.record.worker = Identity::of_worker(starting.pid());
+        self.save().await;
+        let launcher = &self.context.launcher;
         let patience = Duration::from_secs(launcher.connect_timeout) + MARGIN;
         let outcome = tokio::select! {
             said = tokio::time::timeout(patience, starting.announced()) => match said {
@@ -128,6 +138,7 @@ impl Owner {
             self.worker = Some(worker);
         } else {
             worker.stop().await;
+            self.context.custody.worker_died(&self.record.id);
         }
         outcome
     }

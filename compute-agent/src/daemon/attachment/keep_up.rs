@@ -99,6 +99,7 @@ impl Owner {
                 return self.enter(Phase::Detaching { force }).await;
             }
             let lost = format!("its worker has ended with {}", worker.fate().await);
+            self.context.custody.worker_died(&self.record.id);
             self.worker = None;
             if !self.replace(&mut deaths, lost).await {
                 return;

@@ -163,7 +163,9 @@ impl Owner {
         // It is no news how an earlier daemon has left it.
         let (state, reason) = shown(&record, degraded.clone());
         let mut owner = Self {
-            link_down: context.custody.admit(&record.id),
+            link_down: context
+                .custody
+                .admit(&record.id, worker.as_ref().map(Worker::pid)),
             status: watch::Sender::new(Attachment {
                 id: record.id.to_string(),
                 spec: record.spec.clone(),

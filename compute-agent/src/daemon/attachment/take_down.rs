@@ -112,7 +112,11 @@ impl Owner {
     async fn succeed(&mut self, count: u32) {
         let id = self.record.id.clone();
         let lost = match self.worker.take() {
-            Some(mut worker) => format!("its worker has ended with {}", worker.fate().await),
+            Some(mut worker) => {
+                let fate = worker.fate().await;
+                self.context.custody.worker_died(&id);
+                format!("its worker has ended with {fate}")
+            }
             None => "its worker was gone when this daemon came".to_owned(),
         };
         warn!("attachment {id}: {lost}, and the VM has not let go yet");

@@ -1,4 +1,4 @@
-//! How the daemon itself is.
+//! How the daemon itself is; what both daemons say in the same way is in [`farbus_rest::daemon`].
 
 use std::time::Duration;
 
@@ -15,19 +15,6 @@ use crate::api::{Health, Version};
 /// How old what the metrics say of a device server may be.
 const REACHABLE: Duration = Duration::from_secs(15);
 
-/// Whether the daemon answers.
-#[utoipa::path(
-    get,
-    path = "/healthz",
-    tag = "daemon",
-    responses((status = 200, description = "It does", body = Health))
-)]
-pub(super) async fn healthz() -> Json<Health> {
-    Json(Health {
-        status: "ok".into(),
-    })
-}
-
 /// Whether the daemon does its work. It listens only when what an earlier one has left is taken over.
 #[utoipa::path(
     get,
@@ -42,7 +29,7 @@ pub(super) async fn readyz(Shared(state): Shared<State>) -> Result<Json<Health>,
     let store = state.registry.context().store.clone();
     let usable = tokio::task::spawn_blocking(move || store.check()).await;
     match usable {
-        Ok(Ok(())) => Ok(healthz().await),
+        Ok(Ok(())) => Ok(Json(Health::ok())),
         Ok(Err(error)) => Err(Problem::new(
             axum::http::StatusCode::SERVICE_UNAVAILABLE,
             "not-ready",

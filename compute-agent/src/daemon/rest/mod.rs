@@ -55,7 +55,7 @@ pub fn router(registry: &Arc<Registry>, shutdown: Shutdown) -> Router {
         .route("/v1/events", get(events::stream))
         .route("/v1/version", get(health::version))
         .route("/v1/openapi.json", get(openapi::get))
-        .route("/healthz", get(health::healthz))
+        .route("/healthz", get(farbus_rest::daemon::healthz))
         .route("/readyz", get(health::readyz))
         .route("/metrics", get(health::metrics))
         .with_state(state);

@@ -26,7 +26,7 @@ use crate::api;
         events::stream,
         health::version,
         get,
-        health::healthz,
+        farbus_rest::daemon::healthz,
         health::readyz,
         health::metrics,
     ),

@@ -5,11 +5,12 @@ use axum::body::Body;
 use axum::extract::State as Shared;
 use axum::http::{Response, StatusCode};
 use farbus_fabric::wire::{NEWEST, OLDEST};
+use farbus_rest::daemon::{Health, Version};
 use farbus_rest::problem::Problem;
 use tokio::sync::oneshot;
 
 use super::super::Request;
-use super::super::api::{Drain, Health, Reloaded, Version};
+use super::super::api::{Drain, Reloaded};
 use super::State;
 
 /// Asks the service for something that it does in its turn.
@@ -99,19 +100,6 @@ pub(super) async fn undo_drain(Shared(state): Shared<State>) -> Result<Json<Drai
     Ok(Json(now))
 }
 
-/// Whether the device server answers.
-#[utoipa::path(
-    get,
-    path = "/healthz",
-    tag = "daemon",
-    responses((status = 200, description = "It does", body = Health))
-)]
-pub(super) async fn healthz() -> Json<Health> {
-    Json(Health {
-        status: "ok".into(),
-    })
-}
-
 /// Whether the device server gives claims.
 #[utoipa::path(
     get,
@@ -132,7 +120,7 @@ pub(super) async fn readyz(Shared(state): Shared<State>) -> Result<Json<Health>,
         )
         .with_remedy("DELETE /v1/drain has it give claims again"));
     }
-    Ok(healthz().await)
+    Ok(Json(Health::ok()))
 }
 
 /// The version, and what it speaks.

@@ -24,7 +24,7 @@ use super::{daemon, exports};
         daemon::undo_drain,
         daemon::version,
         get,
-        daemon::healthz,
+        farbus_rest::daemon::healthz,
         daemon::readyz,
         daemon::metrics,
     ),

@@ -19,22 +19,9 @@ const BURST: usize = 16;
 pub struct Status(sys::ibv_wc_status::Type);
 
 impl Status {
-    /// The peer's side did not answer.
-    pub fn is_timeout(self) -> bool {
-        matches!(
-            self.0,
-            sys::ibv_wc_status::IBV_WC_RETRY_EXC_ERR | sys::ibv_wc_status::IBV_WC_RNR_RETRY_EXC_ERR
-        )
-    }
-
     /// The peer's side refused the access: the key is dead, or the range outside its memory.
     pub fn is_refusal(self) -> bool {
         self.0 == sys::ibv_wc_status::IBV_WC_REM_ACCESS_ERR
-    }
-
-    /// It was not tried: the queue pair had failed before.
-    pub fn is_flush(self) -> bool {
-        self.0 == sys::ibv_wc_status::IBV_WC_WR_FLUSH_ERR
     }
 }
 

@@ -17,7 +17,7 @@
 //! 4. libibverbs locks what it shares between threads (`man ibv_post_send`: thread safe), so the
 //!    types may cross threads.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "verbs are a C interface of pointers")]
 
 mod completion;
 mod device;

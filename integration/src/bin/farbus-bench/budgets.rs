@@ -191,12 +191,7 @@ fn throughput(results: &Results, state: Awake, workload: Workload, raw: &str) ->
 /// CPU time per I/O of all but the process that makes the load.
 fn servers_cpu(results: &Results, subject: &str, state: Awake) -> Option<f64> {
     let row = results.row(subject, state, &READ_32.to_string())?;
-    let each: Vec<f64> = row
-        .per_process(figure::CPU)
-        .filter(|(process, _)| *process != "client")
-        .map(|(_, cpu)| cpu)
-        .collect();
-    (!each.is_empty()).then(|| each.iter().sum())
+    row.servers(figure::CPU)
 }
 
 fn messages(results: &Results, _state: Awake) -> Option<f64> {

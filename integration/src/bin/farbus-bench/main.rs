@@ -5,13 +5,14 @@
 //! may halt and with CPUs that may not, and the budgets that Farbus keeps are ratios.
 //!
 //! - [`options`] is the command line, [`session`] runs the subjects in turns, [`results`] keeps figures.
-//! - [`limits`], [`peers`] and [`farbus`] hold the subjects; [`workload`] is what most of them are given.
-//! - [`awake`], [`usage`] and [`helpers`] are what subjects measure with.
-//! - [`budgets`] judges, [`model`] explains, [`table`], [`plots`] and [`document`] show.
+//! - [`limits`], [`peers`], [`farbus`] and [`rdma`] hold the subjects; [`workload`] is what most of them are given.
+//! - [`awake`], [`usage`], [`blk_client`] and [`helpers`] are what subjects measure with.
+//! - [`ratios`] compares, [`budgets`] judges, [`model`] explains, [`table`], [`plots`] and [`document`] show.
 
 #![deny(unsafe_code)]
 
 mod awake;
+mod blk_client;
 mod budgets;
 mod document;
 mod farbus;
@@ -23,6 +24,8 @@ mod model;
 mod options;
 mod peers;
 mod plots;
+mod ratios;
+mod rdma;
 mod results;
 mod run;
 mod session;

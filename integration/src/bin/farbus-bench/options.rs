@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::blk_client::ClientArgs;
 use crate::helpers::{EchoArgs, SpinArgs};
-use crate::peers::client::ClientArgs;
 
 const NOTES: &str = "\
 Examples:
-  farbus-bench --quick                    a first look, in less than four minutes
+  farbus-bench --quick                    a first look, in about four minutes
   farbus-bench --out docs/performance     all of it, with results.json and the plots in that directory
   farbus-bench --only limits,farbus --check
 
@@ -40,7 +40,8 @@ pub(crate) struct Options {
     /// How often everything is measured [default: 3; 2 with --quick].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) repeats: Option<u32>,
-    /// How long one measurement takes [default: 1.2; 0.3 with --quick].
+    /// How long one measurement takes [default: 0.4; 0.3 with --quick]; limits, and workloads with several
+    /// queues or attachments, half of that.
     #[arg(long, value_name = "S", value_parser = seconds)]
     pub(crate) seconds: Option<f64>,
     #[command(subcommand)]
@@ -56,6 +57,8 @@ pub(crate) enum Part {
     Peers,
     /// Farbus.
     Farbus,
+    /// Farbus over RDMA, in an emulated machine with soft RoCE.
+    Rdma,
 }
 
 /// Processes that a measurement needs, started by itself.
@@ -84,7 +87,7 @@ impl Options {
     }
 
     pub(crate) fn seconds(&self) -> f64 {
-        self.seconds.unwrap_or(if self.quick { 0.3 } else { 1.2 })
+        self.seconds.unwrap_or(if self.quick { 0.3 } else { 0.4 })
     }
 }
 

@@ -8,8 +8,9 @@ use plotters::prelude::*;
 
 use crate::awake::Awake;
 use crate::limits::{self, How, RECEIVED, SENT, TCP, round_trip};
+use crate::ratios::is_in_guest;
 use crate::results::{Results, Spread, figure};
-use crate::table::{caption, is_in_guest};
+use crate::table::caption;
 use crate::workload::{BIG_READ, BIG_WRITE, READ_1, READ_32, WRITE_32};
 
 const WIDTH: u32 = 900;

@@ -26,8 +26,14 @@ pub(crate) mod figure {
     pub(crate) const MESSAGES_RECEIVED: &str = "messages_received_per_io";
     pub(crate) const BYTES_SENT: &str = "bytes_sent_per_io";
     pub(crate) const BYTES_RECEIVED: &str = "bytes_received_per_io";
+    /// What crosses the loopback device, headers and acknowledgements with it; seen from outside, so that it can
+    /// be had of everybody.
+    pub(crate) const PACKETS: &str = "loopback_packets_per_io";
+    pub(crate) const LOOPBACK_BYTES: &str = "loopback_bytes_per_io";
     /// Private resident memory in MiB, per attachment.
     pub(crate) const RESIDENT: &str = "resident_mib_per_attachment";
+    /// The process that makes the load, where a figure is one process'.
+    pub(crate) const CLIENT: &str = "client";
 }
 
 /// What one measurement found, by name.
@@ -72,6 +78,7 @@ pub(crate) struct Row {
     pub(crate) awake: Awake,
     pub(crate) workload: String,
     figures: BTreeMap<String, Spread>,
+    remark: Option<String>,
 }
 
 impl Row {
@@ -91,6 +98,21 @@ impl Row {
             let process = key.strip_prefix(name)?.strip_prefix('.')?;
             Some((process, spread.median()))
         })
+    }
+
+    /// Why there are no figures, if there are none.
+    pub(crate) fn remark(&self) -> Option<&str> {
+        self.remark.as_deref().filter(|_| self.figures.is_empty())
+    }
+
+    /// The sum of a figure over all processes but that which makes the load.
+    pub(crate) fn servers(&self, name: &str) -> Option<f64> {
+        let each: Vec<f64> = self
+            .per_process(name)
+            .filter(|(process, _)| *process != figure::CLIENT)
+            .map(|(_, value)| value)
+            .collect();
+        (!each.is_empty()).then(|| each.iter().sum())
     }
 
     pub(crate) fn figures(&self) -> impl Iterator<Item = (&String, &Spread)> {
@@ -124,6 +146,26 @@ impl Results {
         workload: &str,
         figures: Figures,
     ) {
+        let row = self.at(part, subject, awake, workload);
+        for (name, value) in figures {
+            row.figures.entry(name).or_default().samples.push(value);
+        }
+    }
+
+    /// Says in a row why it has no figures; it may get some later.
+    pub(crate) fn remark(
+        &mut self,
+        part: &'static str,
+        subject: &str,
+        awake: Awake,
+        workload: &str,
+        remark: String,
+    ) {
+        self.at(part, subject, awake, workload).remark = Some(remark);
+    }
+
+    /// The row, which is made if there is none yet.
+    fn at(&mut self, part: &'static str, subject: &str, awake: Awake, workload: &str) -> &mut Row {
         let at = self
             .rows
             .iter()
@@ -135,13 +177,11 @@ impl Results {
                 awake,
                 workload: workload.to_owned(),
                 figures: BTreeMap::new(),
+                remark: None,
             });
             self.rows.len() - 1
         });
-        for (name, value) in figures {
-            let spread = self.rows[at].figures.entry(name).or_default();
-            spread.samples.push(value);
-        }
+        &mut self.rows[at]
     }
 
     /// Notes what is missing; the same gap is noted once.
@@ -159,11 +199,13 @@ impl Results {
     }
 
     /// Puts the rows into the order in which they are read: in that of their measurement, but the states of the
-    /// CPUs side by side, and all of a subject's workloads together.
+    /// CPUs side by side, all of a subject's workloads together, and what was not measured after what was.
     pub(crate) fn arrange(&mut self) {
         let mut order: Vec<(String, String)> = Vec::new();
         let mut subjects: Vec<String> = Vec::new();
-        for row in &self.rows {
+        let (measured, others): (Vec<&Row>, Vec<&Row>) =
+            self.rows.iter().partition(|row| !row.figures.is_empty());
+        for row in measured.into_iter().chain(others) {
             let key = (row.subject.clone(), row.workload.clone());
             if !order.contains(&key) {
                 order.push(key);
@@ -250,11 +292,33 @@ mod tests {
     }
 
     #[test]
+    fn load_is_not_among_the_servers() {
+        let mut results = results(&[1.0]);
+        let figures = Figures::from([(format!("{}.client", figure::CPU), 5.0)]);
+        results.add("farbus", "x", Awake::Halting, "w", figures);
+        assert_eq!(results.rows()[0].servers(figure::CPU), Some(3.0));
+        assert_eq!(results.rows()[0].servers(figure::SWITCHES), None);
+    }
+
+    #[test]
+    fn remark_gives_way_to_figures() {
+        let mut results = Results::default();
+        results.remark("peers", "x", Awake::Halting, "w", "cannot".into());
+        assert_eq!(results.rows()[0].remark(), Some("cannot"));
+        let figures = Figures::from([(figure::P50.to_owned(), 1.0)]);
+        results.add("peers", "x", Awake::Halting, "w", figures);
+        assert_eq!(
+            (results.rows().len(), results.rows()[0].remark()),
+            (1, None)
+        );
+    }
+
+    #[test]
     fn states_of_a_row_are_side_by_side() {
         let mut results = Results::default();
         for awake in Awake::BOTH {
             for (subject, workload) in [("a", "1"), ("b", "1"), ("a", "2")] {
-                results.add("farbus", subject, awake, workload, Figures::new());
+                results.add("farbus", subject, awake, workload, one());
             }
         }
         results.arrange();
@@ -264,6 +328,25 @@ mod tests {
             .map(|row| format!("{}{}{}", row.subject, row.workload, row.awake))
             .collect();
         assert_eq!(shown, ["a1H", "a1S", "a2H", "a2S", "b1H", "b1S"]);
+    }
+
+    #[test]
+    fn row_without_figures_is_the_last_of_its_subject() {
+        let mut results = Results::default();
+        results.remark("peers", "a", Awake::Halting, "1", "cannot".into());
+        for (subject, workload) in [("a", "2"), ("b", "1")] {
+            results.add("peers", subject, Awake::Halting, workload, one());
+        }
+        results.arrange();
+        let rows = results.rows().iter();
+        let shown: Vec<String> = rows
+            .map(|row| format!("{}{}", row.subject, row.workload))
+            .collect();
+        assert_eq!(shown, ["a2", "a1", "b1"]);
+    }
+
+    fn one() -> Figures {
+        Figures::from([(figure::P50.to_owned(), 1.0)])
     }
 
     #[test]

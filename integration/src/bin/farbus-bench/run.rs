@@ -12,7 +12,8 @@ use crate::host::Host;
 use crate::options::{Helper, Options, Part};
 use crate::session::{Plan, Subject};
 use crate::{
-    budgets, document, farbus, helpers, interrupt, limits, model, peers, plots, session, table,
+    blk_client, budgets, document, farbus, helpers, interrupt, limits, model, peers, plots, rdma,
+    session, table,
 };
 
 /// Does what the command line says.
@@ -20,7 +21,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     match &options.helper {
         Some(Helper::Spin(args)) => helpers::spin(args)?,
         Some(Helper::Echo(args)) => helpers::echo(args)?,
-        Some(Helper::BlkClient(args)) => peers::client::client(args)?,
+        Some(Helper::BlkClient(args)) => blk_client::client(args)?,
         None => return bench(options),
     }
     Ok(ExitCode::SUCCESS)
@@ -48,6 +49,9 @@ fn bench(options: &Options) -> Result<ExitCode> {
     }
     if options.wants(Part::Farbus) {
         subjects.extend(farbus::subjects()?);
+    }
+    if options.wants(Part::Rdma) {
+        subjects.push(Box::new(rdma::Rdma));
     }
 
     let host = Host::look(versions);

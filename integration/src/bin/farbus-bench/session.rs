@@ -11,6 +11,7 @@ use hdrhistogram::Histogram;
 use crate::awake::{Awake, Keeper};
 use crate::interrupt;
 use crate::results::{Figures, Results, figure};
+use crate::workload::{Extent, Workload};
 
 /// How long and how much to measure.
 #[derive(Debug, Clone, Copy)]
@@ -22,20 +23,47 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// For what is measured in many ways, or differs little from one moment to the next.
+    pub(crate) fn brief(&self) -> Self {
+        Self {
+            warmup: self.warmup / 2,
+            time: self.time / 2,
+            ..*self
+        }
+    }
+
+    /// For a workload.
+    pub(crate) fn of(&self, workload: &Workload) -> Self {
+        if workload.is_wide() {
+            self.brief()
+        } else {
+            *self
+        }
+    }
+
     /// For writing a disk in memory once, before anything is measured on it: memory that was never written
     /// costs reads less and writes more.
     pub(crate) fn fill(&self) -> Self {
         Self {
             warmup: Duration::ZERO,
-            time: Duration::from_millis(if self.quick { 200 } else { 500 }),
+            time: Duration::from_millis(if self.quick { 200 } else { 400 }),
             ..*self
+        }
+    }
+}
+
+impl From<&Plan> for Extent {
+    fn from(plan: &Plan) -> Self {
+        Self::For {
+            warmup: plan.warmup,
+            time: plan.time,
         }
     }
 }
 
 /// Something that is measured.
 pub(crate) trait Subject {
-    /// `limits`, `peers` or `farbus`.
+    /// `limits`, `peers`, `farbus` or `rdma`.
     fn part(&self) -> &'static str;
 
     /// Its name in the table.
@@ -46,12 +74,13 @@ pub(crate) trait Subject {
         &Awake::BOTH
     }
 
-    /// What takes long is measured once only in a quick run.
-    fn is_slow(&self) -> bool {
+    /// What takes long to start, such as a machine, is started once for all repeats: it makes
+    /// [`Take::rounds`] of its own.
+    fn has_own_rounds(&self) -> bool {
         false
     }
 
-    /// Starts what it needs, and measures each workload once.
+    /// Starts what it needs, and measures each workload once, or in each of its rounds.
     fn measure(&self, take: &mut Take<'_>) -> Result<()>;
 }
 
@@ -104,7 +133,8 @@ impl Take<'_> {
         measure: impl FnOnce(&Plan) -> Result<Figures>,
     ) -> Result<()> {
         interrupt::check()?;
-        self.progress.show(subject, self.awake, workload);
+        self.progress
+            .show(&self.subject, self.awake, subject, workload);
         match measure(self.plan) {
             Ok(figures) => {
                 self.results
@@ -112,10 +142,41 @@ impl Take<'_> {
             }
             Err(error) => {
                 interrupt::check()?;
+                self.remark(subject, workload, &error);
                 self.missed(&format!("{subject}, {workload}"), &error);
             }
         }
         Ok(())
+    }
+
+    /// Puts into a row why it has no figures.
+    fn remark(&mut self, subject: &str, workload: &str, error: &anyhow::Error) {
+        let remark = match error.downcast_ref::<Skip>() {
+            Some(skip) => format!("not measured: {skip}"),
+            // What failed may have much to say; that is below the tables.
+            None => "failed".into(),
+        };
+        self.results
+            .remark(self.part, subject, self.awake, workload, remark);
+    }
+
+    /// The repeats of a subject that makes them itself; in a quick run there is one.
+    pub(crate) fn rounds(&self) -> std::ops::Range<u32> {
+        0..if self.plan.quick {
+            1
+        } else {
+            self.plan.repeats
+        }
+    }
+
+    /// Says in their rows that the subject cannot do these workloads.
+    pub(crate) fn cannot(&mut self, workloads: &[Workload], reason: &str) {
+        let (part, subject, awake) = (self.part, self.subject.clone(), self.awake);
+        for workload in workloads {
+            let remark = format!("not measured: {reason}");
+            self.results
+                .remark(part, &subject, awake, &workload.to_string(), remark);
+        }
     }
 
     /// Notes that something was not measured.
@@ -143,7 +204,7 @@ pub(crate) fn measure(subjects: &[Box<dyn Subject>], plan: &Plan) -> Result<Resu
             let _keeper = Keeper::start(awake)?;
             for subject in subjects {
                 progress.turn += 1;
-                let left_out = plan.quick && repeat > 0 && subject.is_slow();
+                let left_out = repeat > 0 && subject.has_own_rounds();
                 if !subject.states().contains(&awake) || left_out {
                     continue;
                 }
@@ -158,6 +219,7 @@ pub(crate) fn measure(subjects: &[Box<dyn Subject>], plan: &Plan) -> Result<Resu
                 };
                 if let Err(error) = subject.measure(&mut take) {
                     interrupt::check()?;
+                    take.remark(&subject.name(), "all", &error);
                     take.missed(&subject.name(), &error);
                 }
             }
@@ -189,17 +251,17 @@ impl Progress {
         }
     }
 
-    fn show(&mut self, subject: &str, awake: Awake, workload: &str) {
+    fn show(&mut self, turn: &str, awake: Awake, subject: &str, workload: &str) {
         let share = self.turn.saturating_sub(1) * 100 / self.turns.max(1);
         let time = self.begun.elapsed().as_secs();
         let clock = format!("{}:{:02}", time / 60, time % 60);
         if self.terminal {
             eprint!("\r\x1b[K{clock} {share:3} %  {awake}  {subject}: {workload}");
             let _ = std::io::stderr().flush();
-        } else if self.shown != format!("{subject} {awake}") {
-            // A log gets a line for each subject only.
-            self.shown = format!("{subject} {awake}");
-            eprintln!("{clock} {share:3} %  {awake}  {subject}");
+        } else if self.shown != format!("{turn} {awake}") {
+            // A log gets a line for each turn only.
+            self.shown = format!("{turn} {awake}");
+            eprintln!("{clock} {share:3} %  {awake}  {turn}");
         }
     }
 
@@ -237,6 +299,11 @@ impl Latencies {
 
     pub(crate) fn count(&self) -> u64 {
         self.histogram.len()
+    }
+
+    /// Adds what was measured at the same time.
+    pub(crate) fn merge(&mut self, other: &Self) -> Result<()> {
+        self.histogram.add(&other.histogram).context("adding up")
     }
 
     /// Mean and percentiles.

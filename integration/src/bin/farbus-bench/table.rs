@@ -1,19 +1,15 @@
 //! The tables that a person reads.
 
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use crate::awake::Awake;
 use crate::budgets::Verdict;
-use crate::farbus::{GUEST, GUEST_LOCAL, IN_PROCESS_POLLED};
 use crate::host::Host;
-use crate::limits::How;
 use crate::model::Fit;
-use crate::peers::{ISCSI, NBD, NBD_NULL, SPDK_TCP};
+use crate::ratios::PEERS;
 use crate::results::{Results, Row, Spread, figure};
 use crate::session::Plan;
-use crate::workload::is_judged_by_latency;
-use crate::{budgets, limits};
+use crate::{budgets, ratios};
 
 /// All tables of a run.
 pub(crate) fn render(
@@ -28,22 +24,24 @@ pub(crate) fn render(
     let _ = writeln!(out, "{}", host.describe());
     let _ = writeln!(
         out,
-        "{} repeats of {:.1} s; median, and in brackets the lowest and the highest of the repeats\n\
-         H: CPUs halt when idle. S: an idle-class process on each keeps them awake.",
+        "{} repeats of {} s, of limits and of workloads with several queues (q) or attachments (a) {} s; median, and \
+         in brackets the lowest and the highest of the repeats\n\
+         H: CPUs halt when idle. S: an idle-class process on each keeps them awake. {NONE}: not measured.",
         plan.repeats,
-        plan.time.as_secs_f64()
+        plan.time.as_secs_f64(),
+        plan.brief().time.as_secs_f64()
     );
-    for part in ["limits", "peers", "farbus"] {
+    for part in ["limits", "peers", "farbus", "rdma"] {
         let rows: Vec<&Row> = results.rows().iter().filter(|r| r.part == part).collect();
         if !rows.is_empty() {
-            let _ = write!(out, "\n# {part}\n{}", figures(&rows));
+            let _ = write!(out, "\n# {}\n{}", heading(part), figures(&rows));
         }
     }
     let costs: Vec<Vec<String>> = results.rows().iter().filter_map(cost).collect();
     if !costs.is_empty() {
         let _ = write!(
             out,
-            "\n# cost per I/O, process by process\n{}",
+            "\n# cost per I/O, process by process\n{COST_NOTES}\n{}",
             align(&COST, &costs)
         );
     }
@@ -51,7 +49,8 @@ pub(crate) fn render(
     if !ratios.is_empty() {
         let _ = write!(
             out,
-            "\n# ratios: p50 at depth 1 (less is better), I/Os per second otherwise (more is better)\n{}",
+            "\n# ratios: p50 at depth 1 (less is better), otherwise I/Os per second, and to the limit MB/s (more is better); \
+             those of all figures are in results.json\n{}",
             align(&RATIO, &ratios)
         );
     }
@@ -75,6 +74,15 @@ pub(crate) fn render(
     out
 }
 
+fn heading(part: &str) -> &str {
+    match part {
+        "rdma" => {
+            "rdma: soft RoCE in a machine with two emulated CPUs; compare with nothing but itself"
+        }
+        other => other,
+    }
+}
+
 const FIGURES: [&str; 8] = [
     "subject", "workload", "", "p50 us", "p99 us", "p99.9 us", "kIOPS", "MB/s",
 ];
@@ -83,6 +91,10 @@ fn figures(rows: &[&Row]) -> String {
     let lines: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {
+            if let Some(remark) = row.remark() {
+                let cells = [&row.subject, &row.workload, row.awake.letter(), remark];
+                return cells.map(str::to_owned).into();
+            }
             let latency = |name| row.spread(name).map_or_else(String::new, |s| range(s, 1.0));
             vec![
                 row.subject.clone(),
@@ -101,9 +113,25 @@ fn figures(rows: &[&Row]) -> String {
     align(&FIGURES, &lines)
 }
 
-const COST: [&str; 9] = [
-    "subject", "workload", "", "CPU us", "switches", "syscalls", "messages", "bytes", "MiB",
+const COST: [&str; 11] = [
+    "subject",
+    "workload",
+    "",
+    "CPU us",
+    "switches",
+    "syscalls",
+    "messages",
+    "bytes",
+    "packets",
+    "packet bytes",
+    "MiB",
 ];
+
+const COST_NOTES: &str = "\
+syscalls: under strace, in a run of its own, once; not of the load, nor of what polls. messages, bytes: sent + received by the load \
+where it has the compute half in it; no other program tells.\n\
+packets, packet bytes: on the loopback device, both ways, with headers and acknowledgements. MiB: private resident memory per \
+attachment, where the drive is not in it.";
 
 fn cost(row: &Row) -> Option<Vec<String>> {
     let each = |name: &str| {
@@ -113,6 +141,7 @@ fn cost(row: &Row) -> Option<Vec<String>> {
             .collect();
         each.join(", ")
     };
+    let one = |name: &str| row.median(name).map_or_else(String::new, number);
     let both = |there: &str, back: &str| match (row.median(there), row.median(back)) {
         (Some(there), Some(back)) => format!("{} + {}", number(there), number(back)),
         _ => String::new(),
@@ -126,6 +155,8 @@ fn cost(row: &Row) -> Option<Vec<String>> {
         each(figure::SYSCALLS),
         both(figure::MESSAGES_SENT, figure::MESSAGES_RECEIVED),
         both(figure::BYTES_SENT, figure::BYTES_RECEIVED),
+        one(figure::PACKETS),
+        one(figure::LOOPBACK_BYTES),
         each(figure::RESIDENT),
     ];
     line[3..]
@@ -133,6 +164,9 @@ fn cost(row: &Row) -> Option<Vec<String>> {
         .any(|cell| !cell.is_empty())
         .then_some(line)
 }
+
+/// Stands where there is no figure.
+const NONE: &str = "-";
 
 const RATIO: [&str; 8] = [
     "subject",
@@ -146,68 +180,22 @@ const RATIO: [&str; 8] = [
 ];
 
 fn ratios(results: &Results) -> Vec<Vec<String>> {
-    // What emulated CPUs do is compared with nothing but itself.
-    let compared = |row: &&Row| row.part != "limits" && !is_in_guest(row);
-    let disks = results.rows().iter().filter(compared);
-    disks
-        .filter_map(|row| {
-            let mut line = vec![
-                row.subject.clone(),
-                row.workload.clone(),
-                row.awake.to_string(),
-                to_limit(results, row).map_or_else(String::new, number),
-            ];
-            for peer in [NBD, NBD_NULL, ISCSI, SPDK_TCP] {
-                let ratio = to_peer(results, row, peer).filter(|_| peer != row.subject);
-                line.push(ratio.map_or_else(String::new, number));
-            }
-            line[3..]
-                .iter()
-                .any(|cell| !cell.is_empty())
-                .then_some(line)
-        })
-        .collect()
-}
-
-/// Whether a row is what an emulated guest saw.
-pub(crate) fn is_in_guest(row: &Row) -> bool {
-    [GUEST, GUEST_LOCAL].contains(&row.subject.as_str())
-}
-
-/// At depth 1, the p50 in blocking raw round trips (polled ones for what polls); for large blocks, the
-/// share of one connection's raw throughput.
-pub(crate) fn to_limit(results: &Results, row: &Row) -> Option<f64> {
-    if is_judged_by_latency(&row.workload) {
-        let how = if row.subject == IN_PROCESS_POLLED || row.subject == SPDK_TCP {
-            How::Polled
-        } else {
-            How::Blocking
-        };
-        let limit = limits::round_trip(limits::READ, how);
-        let limit = results.median(limits::TCP, row.awake, &limit, figure::P50)?;
-        return Some(row.median(figure::P50)? / limit);
-    }
-    let limit = match row.workload.split(' ').take(2).collect::<Vec<_>>()[..] {
-        ["128k", "read"] => limits::RECEIVED,
-        ["128k", "write"] => limits::SENT,
-        _ => return None,
-    };
-    let limit = results.median(limits::TCP, row.awake, limit, figure::MB_PER_S)?;
-    Some(row.median(figure::MB_PER_S)? / limit)
-}
-
-/// The same against a peer under the same workload.
-pub(crate) fn to_peer(results: &Results, row: &Row, peer: &str) -> Option<f64> {
-    let name = if is_judged_by_latency(&row.workload) {
-        figure::P50
-    } else {
-        figure::IOPS
-    };
-    // Peers have one queue and one attachment.
-    let plain = |word: &&str| !word.starts_with(['q', 'a']);
-    let workload: Vec<&str> = row.workload.split(' ').filter(plain).collect();
-    let peer = results.median(peer, row.awake, &workload.join(" "), name)?;
-    Some(row.median(name)? / peer)
+    let rows = results.rows().iter();
+    rows.filter_map(|row| {
+        let shown = |ratio: Option<f64>| ratio.map_or_else(String::new, number);
+        let mut line = vec![
+            row.subject.clone(),
+            row.workload.clone(),
+            row.awake.to_string(),
+            shown(ratios::to_limit(results, row)),
+        ];
+        line.extend(PEERS.map(|peer| shown(ratios::to_peer(results, row, peer))));
+        line[3..]
+            .iter()
+            .any(|cell| !cell.is_empty())
+            .then_some(line)
+    })
+    .collect()
 }
 
 fn model(fits: &[Fit]) -> String {
@@ -243,29 +231,44 @@ pub(crate) fn number(value: f64) -> String {
     }
 }
 
-/// Columns that are as wide as their widest cell.
+/// Columns that are as wide as their widest cell. A line with fewer cells than columns ends in a remark, which is
+/// as wide as it likes.
 fn align(header: &[&str], lines: &[Vec<String>]) -> String {
+    let shown = |cell: &str| if cell.is_empty() { NONE } else { cell }.to_owned();
+    let full = || lines.iter().filter(|line| line.len() == header.len());
     let width = |column: usize| {
-        let cells = lines.iter().filter_map(|line| line.get(column));
+        let whole = full().map(|line| &line[column]);
+        let begun = lines.iter().filter(|line| column + 1 < line.len());
+        let cells = whole.chain(begun.map(|line| &line[column]));
         let widest = cells.map(|cell| cell.chars().count()).max().unwrap_or(0);
         widest.max(header[column].chars().count())
     };
     // A column that nobody fills is left out.
-    let used: BTreeSet<usize> = (0..header.len())
-        .filter(|column| lines.iter().any(|line| !line[*column].is_empty()))
+    let used: Vec<usize> = (0..header.len())
+        .filter(|column| full().any(|line| !line[*column].is_empty()))
         .collect();
+    let used = if full().next().is_none() {
+        (0..header.len()).collect()
+    } else {
+        used
+    };
     let widths: Vec<usize> = (0..header.len()).map(width).collect();
     let mut out = String::new();
-    let mut push = |cells: &mut dyn Iterator<Item = (usize, &str)>| {
+    let mut push = |cells: Vec<(usize, String)>| {
         let mut text = String::new();
         for (column, cell) in cells {
             let _ = write!(text, "{cell:<width$}  ", width = widths[column]);
         }
         let _ = writeln!(out, "{}", text.trim_end());
     };
-    push(&mut used.iter().map(|column| (*column, header[*column])));
+    push(
+        used.iter()
+            .map(|at| (*at, header[*at].to_owned()))
+            .collect(),
+    );
     for line in lines {
-        push(&mut used.iter().map(|column| (*column, line[*column].as_str())));
+        let cells = used.iter().filter(|at| **at < line.len());
+        push(cells.map(|at| (*at, shown(&line[*at]))).collect());
     }
     out
 }
@@ -281,6 +284,7 @@ pub(crate) fn caption(awake: Awake) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::results;
 
     #[test]
     fn numbers_have_about_three_digits() {
@@ -298,6 +302,40 @@ mod tests {
         assert_eq!(
             align(&["x", "y", "z"], &lines),
             "x     z\na     1\nlong  2\n"
+        );
+    }
+
+    #[test]
+    fn what_is_missing_is_a_dash_and_a_remark_needs_no_column() {
+        let line = |cells: &[&str]| cells.iter().map(|cell| (*cell).to_owned()).collect();
+        let lines: [Vec<String>; 3] = [
+            line(&["a", "1", "2", "3"]),
+            line(&["b", "", "2", "3"]),
+            line(&["c", "1", "not measured: it cannot"]),
+        ];
+        assert_eq!(
+            align(&["", "x", "y", "z"], &lines),
+            "   x  y  z\na  1  2  3\nb  -  2  3\nc  1  not measured: it cannot\n"
+        );
+    }
+
+    #[test]
+    fn row_without_figures_says_why() {
+        let mut results = Results::default();
+        let figures = results::Figures::from([(figure::P50.to_owned(), 40.0)]);
+        results.add("peers", "NBD", Awake::Halting, "w", figures);
+        results.remark(
+            "peers",
+            "SPDK",
+            Awake::Halting,
+            "all",
+            "not measured: why".into(),
+        );
+        let rows: Vec<&Row> = results.rows().iter().collect();
+        let shown = super::figures(&rows);
+        assert!(
+            shown.ends_with("SPDK     all       H  not measured: why\n"),
+            "{shown}"
         );
     }
 }

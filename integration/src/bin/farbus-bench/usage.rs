@@ -3,13 +3,18 @@
 //! Threads come and go with connections, and what a thread has used is forgotten at its end. So the meter looks
 //! twice while the load is steady, and the difference is what the time between took.
 
+use std::fs;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
+use farbus_integration::counts::{SystemCalls, has_tool};
 use farbus_integration::procfs::Proc;
 
+use crate::awake::Awake;
 use crate::results::{Figures, figure};
+use crate::session::{Skip, Take};
+use crate::workload::{Extent, Workload};
 
 /// A process to watch, under the name that it has in tables.
 #[derive(Debug, Clone)]
@@ -18,18 +23,82 @@ pub(crate) struct Watched {
     pub(crate) pid: u32,
 }
 
-/// What one process used between the two looks.
+/// What there was at one moment, since the beginning of each process and of the machine.
 #[derive(Debug)]
-struct Used {
-    name: &'static str,
-    cpu_ns: f64,
-    switches: f64,
+pub(crate) struct Seen {
+    at: Instant,
+    watched: Vec<Watched>,
+    /// CPU time in nanoseconds, and context switches, of each.
+    each: Vec<(u64, u64)>,
+    loopback: Loopback,
+}
+
+impl Seen {
+    pub(crate) fn now(watched: &[Watched]) -> Result<Self> {
+        let each = watched.iter().map(|one| {
+            let proc = Proc::of(one.pid);
+            Ok((proc.cpu_ns()?, proc.context_switches()?))
+        });
+        Ok(Self {
+            each: each.collect::<Result<_>>()?,
+            watched: watched.to_vec(),
+            loopback: Loopback::now()?,
+            at: Instant::now(),
+        })
+    }
+
+    /// Adds what was used since `before` for each of so many I/Os; processes of one name add up.
+    pub(crate) fn per_io(&self, before: &Self, ios: f64, figures: &mut Figures) {
+        for ((one, before), after) in self.watched.iter().zip(&before.each).zip(&self.each) {
+            let mut add = |name: &str, value: f64| {
+                *figures.entry(format!("{name}.{}", one.name)).or_default() += value / ios;
+            };
+            add(figure::CPU, after.0.saturating_sub(before.0) as f64 / 1e3);
+            add(figure::SWITCHES, after.1.saturating_sub(before.1) as f64);
+        }
+        let Loopback { bytes, packets } = self.loopback;
+        let mut add = |name: &str, value: u64| figures.insert(name.into(), value as f64 / ios);
+        add(
+            figure::PACKETS,
+            packets.saturating_sub(before.loopback.packets),
+        );
+        add(
+            figure::LOOPBACK_BYTES,
+            bytes.saturating_sub(before.loopback.bytes),
+        );
+    }
+}
+
+/// What has crossed the loopback device.
+#[derive(Debug, Clone, Copy)]
+struct Loopback {
+    bytes: u64,
+    packets: u64,
+}
+
+impl Loopback {
+    fn now() -> Result<Self> {
+        let table =
+            fs::read_to_string("/proc/self/net/dev").context("reading /proc/self/net/dev")?;
+        Self::of(&table).context("/proc/self/net/dev has no loopback device")
+    }
+
+    fn of(table: &str) -> Option<Self> {
+        let line = table
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("lo:"))?;
+        let mut numbers = line.split_whitespace().map(str::parse);
+        Some(Self {
+            bytes: numbers.next()?.ok()?,
+            packets: numbers.next()?.ok()?,
+        })
+    }
 }
 
 /// A running measurement.
 #[derive(Debug)]
 pub(crate) struct Meter {
-    looking: JoinHandle<Result<(Vec<Used>, Duration)>>,
+    looking: JoinHandle<Result<(Seen, Seen)>>,
 }
 
 impl Meter {
@@ -38,46 +107,62 @@ impl Meter {
         let watched = watched.to_vec();
         let looking = thread::spawn(move || {
             thread::sleep(warmup + time.mul_f64(0.1));
-            let (before, begun) = (look(&watched)?, Instant::now());
+            let before = Seen::now(&watched)?;
             thread::sleep(time.mul_f64(0.75));
-            let (after, between) = (look(&watched)?, begun.elapsed());
-            let used = watched.iter().zip(before).zip(after);
-            let used = used.map(|((one, before), after)| Used {
-                name: one.name,
-                cpu_ns: after.0.saturating_sub(before.0) as f64,
-                switches: after.1.saturating_sub(before.1) as f64,
-            });
-            Ok((used.collect(), between))
+            Ok((before, Seen::now(&watched)?))
         });
         Self { looking }
     }
 
-    /// Adds what was used per I/O to `figures`, which has the rate; processes of one name add up.
+    /// Adds what was used per I/O to `figures`, which has the rate.
     pub(crate) fn stop(self, figures: &mut Figures) -> Result<()> {
-        let (used, between) = self
+        let (before, after) = self
             .looking
             .join()
             .map_err(|_| anyhow!("the thread that watches processes has panicked"))??;
         let iops = figures.get(figure::IOPS).copied().unwrap_or(f64::NAN);
-        let ios = iops * between.as_secs_f64();
-        for one in used {
-            let mut add = |name: &str, value: f64| {
-                *figures.entry(format!("{name}.{}", one.name)).or_default() += value / ios;
-            };
-            add(figure::CPU, one.cpu_ns / 1e3);
-            add(figure::SWITCHES, one.switches);
-        }
+        let ios = iops * (after.at - before.at).as_secs_f64();
+        after.per_io(&before, ios, figures);
         Ok(())
     }
 }
 
-/// CPU time and context switches so far.
-fn look(watched: &[Watched]) -> Result<Vec<(u64, u64)>> {
-    let each = watched.iter().map(|one| {
-        let proc = Proc::of(one.pid);
-        Ok((proc.cpu_ns()?, proc.context_switches()?))
-    });
-    each.collect()
+/// I/Os of a run whose system calls are counted.
+const COUNTED: u64 = 2000;
+
+/// Counts the system calls of each process per I/O, in a run of its own.
+///
+/// Being counted slows a process down, and so it finds more to do each time that it looks: at depth, a count is a
+/// lower bound of what the undisturbed process does. As it is a count, once is enough, and one state of the CPUs.
+pub(crate) fn count_calls(
+    take: &mut Take<'_>,
+    workload: &Workload,
+    watched: &[Watched],
+    load: impl FnOnce(Extent) -> Result<()>,
+) -> Result<()> {
+    if take.repeat > 0 || take.awake != Awake::Halting || workload.is_wide() {
+        return Ok(());
+    }
+    if let Err(error) = has_tool("strace") {
+        take.missed("system calls", &Skip::because(error.to_string()));
+        return Ok(());
+    }
+    let counters = watched.iter().map(|one| SystemCalls::of(one.pid));
+    let Ok(counters) = counters.collect::<Result<Vec<_>, _>>() else {
+        let reason = "strace may not attach to processes: see /proc/sys/kernel/yama/ptrace_scope";
+        take.missed("system calls", &Skip::because(reason));
+        return Ok(());
+    };
+    take.one(&workload.to_string(), |_| {
+        load(Extent::Count(COUNTED))?;
+        let mut figures = Figures::new();
+        for (one, counter) in watched.iter().zip(counters) {
+            let calls = counter.end()? as f64 / COUNTED as f64;
+            let key = format!("{}.{}", figure::SYSCALLS, one.name);
+            *figures.entry(key).or_default() += calls;
+        }
+        Ok(figures)
+    })
 }
 
 /// Adds the private memory of each process, divided by the attachments, to `figures`.
@@ -110,5 +195,13 @@ mod tests {
         meter.stop(&mut figures).unwrap();
         let cpu = figures[&format!("{}.own", figure::CPU)];
         assert!(cpu.is_finite() && cpu > 0.0, "{cpu}");
+    }
+
+    #[test]
+    fn loopback_is_found_among_devices() {
+        let table = "Inter-|   Receive  |  Transmit\n face |bytes packets\n  eth0: 1 2 3\n    lo: 700 8 0 0\n";
+        let Loopback { bytes, packets } = Loopback::of(table).unwrap();
+        assert_eq!((bytes, packets), (700, 8));
+        assert!(Loopback::of("eth0: 1 2").is_none());
     }
 }

@@ -1,6 +1,7 @@
 //! What a subject is asked to do.
 
 use std::fmt;
+use std::time::Duration;
 
 use clap::ValueEnum;
 
@@ -31,6 +32,13 @@ impl Pattern {
     pub(crate) fn is_random(self) -> bool {
         !matches!(self, Self::Read | Self::Write)
     }
+}
+
+/// For how long, or how much.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Extent {
+    For { warmup: Duration, time: Duration },
+    Count(u64),
 }
 
 /// Share of reads of the mixed pattern, in per cent.
@@ -69,9 +77,18 @@ impl Workload {
         (self.depth / (self.queues * self.attachments)).max(1)
     }
 
+    /// Whether it has several queues or attachments. There are many of these, and they are measured for a
+    /// shorter time.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.queues > 1 || self.attachments > 1
+    }
+
     /// One of the few that say most.
     fn is_essential(&self) -> bool {
-        [READ_1, READ_32, WRITE_32, BIG_READ, BIG_WRITE, READ_32_A8].contains(self)
+        [
+            READ_1, READ_32, WRITE_32, BIG_READ, BIG_WRITE, READ_32_Q4, READ_32_A8,
+        ]
+        .contains(self)
     }
 }
 
@@ -100,12 +117,7 @@ pub(crate) const MIXED_32: Workload = Workload::new(Pattern::RandRw, SMALL, 32);
 pub(crate) const BIG_READ: Workload = Workload::new(Pattern::Read, BIG, 8);
 pub(crate) const BIG_WRITE: Workload = Workload::new(Pattern::Write, BIG, 8);
 pub(crate) const READ_32_Q4: Workload = READ_32.over(4, 1);
-const BIG_READ_Q4: Workload = BIG_READ.over(4, 1);
-const BIG_WRITE_Q4: Workload = BIG_WRITE.over(4, 1);
 pub(crate) const READ_32_A8: Workload = READ_32.over(1, 8);
-
-/// Those with several queues.
-const SEVERAL_QUEUES: [Workload; 3] = [READ_32_Q4, BIG_READ_Q4, BIG_WRITE_Q4];
 
 /// What every subject that is a disk is given.
 const COMMON: [Workload; 7] = [
@@ -117,17 +129,25 @@ pub(crate) fn common(quick: bool) -> Vec<Workload> {
     select(&COMMON, quick)
 }
 
-/// What Farbus' endpoints are given: more queues and more attachments, too.
-pub(crate) fn wide(quick: bool) -> Vec<Workload> {
-    let mut all = COMMON.to_vec();
-    all.extend(SEVERAL_QUEUES);
-    all.push(READ_32_A8);
-    select(&all, quick)
+/// Those of [`COMMON`] whose I/Os in flight can be shared out.
+const SHARED: [Workload; 5] = [READ_32, WRITE_32, MIXED_32, BIG_READ, BIG_WRITE];
+
+/// The same with four queues.
+pub(crate) fn of_four_queues(quick: bool) -> Vec<Workload> {
+    select(&SHARED.map(|workload| workload.over(4, 1)), quick)
 }
 
-/// What endpoints with several data threads are given.
-pub(crate) fn of_several_queues(quick: bool) -> Vec<Workload> {
-    select(&SEVERAL_QUEUES, quick)
+/// The same with eight attachments.
+pub(crate) fn of_eight_attachments(quick: bool) -> Vec<Workload> {
+    select(&SHARED.map(|workload| workload.over(1, 8)), quick)
+}
+
+/// All of these: with one and four queues, one and eight attachments.
+pub(crate) fn all(quick: bool) -> Vec<Workload> {
+    let mut all = common(quick);
+    all.extend(of_four_queues(quick));
+    all.extend(of_eight_attachments(quick));
+    all
 }
 
 fn select(all: &[Workload], quick: bool) -> Vec<Workload> {
@@ -158,5 +178,27 @@ mod tests {
         assert_eq!(READ_32_A8.depth_per_queue(), 4);
         assert_eq!(READ_32_Q4.depth_per_queue(), 8);
         assert_eq!(READ_1.over(4, 1).depth_per_queue(), 1);
+    }
+
+    #[test]
+    fn everything_that_can_be_shared_out_has_four_queues_and_eight_attachments() {
+        let labels: Vec<String> = all(false).iter().map(ToString::to_string).collect();
+        assert_eq!(labels.len(), 17);
+        for plain in labels.iter().filter(|label| label.split(' ').count() == 3) {
+            let shared = !is_judged_by_latency(plain);
+            for wide in [format!("{plain} q4"), format!("{plain} a8")] {
+                assert_eq!(labels.contains(&wide), shared, "{wide}");
+            }
+        }
+    }
+
+    #[test]
+    fn quick_run_has_several_queues_and_attachments_too() {
+        assert!(
+            [READ_32_Q4, READ_32_A8]
+                .iter()
+                .all(|wide| all(true).contains(wide))
+        );
+        assert!(all(true).len() < all(false).len());
     }
 }

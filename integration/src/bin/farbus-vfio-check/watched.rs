@@ -5,12 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use farbus_vfio::nvme::PAGE_SIZE;
-use farbus_vfio::{
-    DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice, PciAddress,
-    RegionIndex,
-};
+use farbus_vfio::{Around, DmaWindow, Function, FunctionError, Iova};
 use vm_memory::VolatileMemory;
-use vmm_sys_util::eventfd::EventFd;
 
 /// A function whose DMA memory is looked at whenever the device gets it, and when it is taken
 /// away.
@@ -67,39 +63,9 @@ fn non_zero(window: &DmaWindow) -> u64 {
     counts.sum()
 }
 
-impl Function for Watched {
-    fn info(&self) -> &FunctionInfo {
-        self.function.info()
-    }
-
-    fn pci_address(&self) -> Option<PciAddress> {
-        self.function.pci_address()
-    }
-
-    fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
-        self.function.config_read(offset, data)
-    }
-
-    fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), FunctionError> {
-        self.function.config_write(offset, data)
-    }
-
-    fn region_read(
-        &self,
-        region: RegionIndex,
-        offset: u64,
-        data: &mut [u8],
-    ) -> Result<(), FunctionError> {
-        self.function.region_read(region, offset, data)
-    }
-
-    fn region_write(
-        &self,
-        region: RegionIndex,
-        offset: u64,
-        data: &[u8],
-    ) -> Result<(), FunctionError> {
-        self.function.region_write(region, offset, data)
+impl Around for Watched {
+    fn inner(&self) -> &dyn Function {
+        &*self.function
     }
 
     fn map_dma(&self, window: &DmaWindow) -> Result<(), FunctionError> {
@@ -117,31 +83,5 @@ impl Function for Watched {
         let window = lock(&self.windows).remove(&iova.0);
         lock(&self.seen).used_when_taken += window.as_ref().map_or(0, non_zero);
         Ok(())
-    }
-
-    fn set_interrupts(
-        &self,
-        kind: InterruptKind,
-        first: u32,
-        events: &[Option<Arc<EventFd>>],
-    ) -> Result<(), FunctionError> {
-        self.function.set_interrupts(kind, first, events)
-    }
-
-    fn mask_interrupt(
-        &self,
-        kind: InterruptKind,
-        vector: u32,
-        masked: bool,
-    ) -> Result<(), FunctionError> {
-        self.function.mask_interrupt(kind, vector, masked)
-    }
-
-    fn reset(&self) -> Result<(), FunctionError> {
-        self.function.reset()
-    }
-
-    fn notices(&self) -> Vec<(Notice, &EventFd)> {
-        self.function.notices()
     }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use farbus_fabric::Counters;
+use farbus_integration::thread_usage::Usage;
 use farbus_vfio::nvme::PAGE_SIZE;
 use serde_json::json;
 
@@ -17,7 +18,6 @@ use crate::cli::BenchArgs;
 use crate::figures::{Figures, combine};
 use crate::lane::{Done, Lane, check_length, memory_of};
 use crate::target::{Driver, Target, TargetSpec};
-use crate::usage::Usage;
 use crate::waiting::Waiter;
 use crate::workload::Workload;
 

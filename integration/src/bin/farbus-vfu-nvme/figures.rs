@@ -1,11 +1,11 @@
 //! What was measured, and how it is shown.
 
 use farbus_fabric::Counters;
+use farbus_integration::thread_usage::Usage;
 use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 
 use crate::cli::BenchArgs;
-use crate::usage::Usage;
 
 /// Latencies up to this are told apart; longer ones count as this (nanoseconds).
 const LONGEST: u64 = 60_000_000_000;
@@ -71,9 +71,7 @@ impl Figures {
         self.writes += other.writes;
         self.errors += other.errors;
         self.elapsed_ns = self.elapsed_ns.max(other.elapsed_ns);
-        self.usage.cpu_ns += other.usage.cpu_ns;
-        self.usage.voluntary += other.usage.voluntary;
-        self.usage.involuntary += other.usage.involuntary;
+        self.usage = self.usage.and(other.usage);
         self.doorbells += other.doorbells;
         self.shadow_doorbells |= other.shadow_doorbells;
         if let Some(link) = &other.link {

@@ -2,7 +2,7 @@
 //! can be had as a [`farbus_vfio::Function`].
 //!
 //! - `cli`: the command line. `target`: what is driven. `lane`: one queue pair with its buffers.
-//! - `identify`, `verify`, `bench` (with `workload`, `waiting`, `usage` and `figures`), `serve`:
+//! - `identify`, `verify`, `bench` (with `workload`, `waiting` and `figures`), `serve`:
 //!   the commands.
 
 #![forbid(unsafe_code)]
@@ -15,7 +15,6 @@ mod lane;
 mod pattern;
 mod serve;
 mod target;
-mod usage;
 mod verify;
 mod waiting;
 mod workload;

@@ -15,11 +15,8 @@ use farbus_shadow_mem::remote::{LinkInterest, RemoteFunction};
 use farbus_vfio::driver::{DriverConfig, NvmeDriver};
 use farbus_vfio::soft_nvme::{SoftNvme, SoftNvmeConfig};
 use farbus_vfio::user::UserFunction;
-use farbus_vfio::{
-    DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, RegionIndex,
-};
+use farbus_vfio::{Around, Function, FunctionError, RegionIndex};
 use log::info;
-use vmm_sys_util::eventfd::EventFd;
 
 /// How long a peer may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -184,17 +181,9 @@ impl Drop for Linked {
     }
 }
 
-impl Function for Linked {
-    fn info(&self) -> &FunctionInfo {
-        self.remote.info()
-    }
-
-    fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), FunctionError> {
-        self.remote.config_read(offset, data)
-    }
-
-    fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), FunctionError> {
-        self.remote.config_write(offset, data)
+impl Around for Linked {
+    fn inner(&self) -> &dyn Function {
+        &self.remote
     }
 
     fn region_read(
@@ -205,44 +194,5 @@ impl Function for Linked {
     ) -> Result<(), FunctionError> {
         self.attend()?;
         self.remote.region_read(region, offset, data)
-    }
-
-    fn region_write(
-        &self,
-        region: RegionIndex,
-        offset: u64,
-        data: &[u8],
-    ) -> Result<(), FunctionError> {
-        self.remote.region_write(region, offset, data)
-    }
-
-    fn map_dma(&self, window: &DmaWindow) -> Result<(), FunctionError> {
-        self.remote.map_dma(window)
-    }
-
-    fn unmap_dma(&self, iova: Iova, len: u64) -> Result<(), FunctionError> {
-        self.remote.unmap_dma(iova, len)
-    }
-
-    fn set_interrupts(
-        &self,
-        kind: InterruptKind,
-        first: u32,
-        events: &[Option<Arc<EventFd>>],
-    ) -> Result<(), FunctionError> {
-        self.remote.set_interrupts(kind, first, events)
-    }
-
-    fn mask_interrupt(
-        &self,
-        kind: InterruptKind,
-        vector: u32,
-        masked: bool,
-    ) -> Result<(), FunctionError> {
-        self.remote.mask_interrupt(kind, vector, masked)
-    }
-
-    fn reset(&self) -> Result<(), FunctionError> {
-        self.remote.reset()
     }
 }

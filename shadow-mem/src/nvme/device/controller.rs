@@ -15,7 +15,7 @@ use super::super::ring::CompletionCursor;
 use super::queues::{Doorbells, SubmissionQueue};
 use super::{DeviceHalf, fault_of};
 
-/// How often a change of state is looked for.
+/// How often a change of state is looked for: CSTS has no interrupt (NVMe 1.4 §3.1.6).
 const POLL: Duration = Duration::from_millis(1);
 /// How often a running controller's health is looked at.
 const HEALTH: Duration = Duration::from_millis(500);

@@ -10,7 +10,8 @@ use log::{info, warn};
 
 use super::super::identify;
 use super::super::transfer::feature;
-use super::{DeviceError, DeviceHalf, find_iova};
+use super::hold::find_iova;
+use super::{DeviceError, DeviceHalf};
 use crate::shadow::shared_memory;
 
 /// Most that is lent to one device, in bytes.

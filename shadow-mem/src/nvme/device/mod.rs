@@ -8,6 +8,8 @@
 mod arena;
 mod complete;
 mod controller;
+mod error;
+mod hold;
 mod host_memory;
 mod identity;
 mod lane;
@@ -21,7 +23,6 @@ mod submit;
 mod tags;
 
 use std::collections::VecDeque;
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,24 +30,20 @@ use farbus_fabric::wire::{
     Data, FaultCode, Header, Kind, Message, RateLimits, RequestId, Submit, Text, WireError,
 };
 use farbus_fabric::{FabricError, Sink, Span};
-use farbus_vfio::nvme::{DOORBELL_BASE, PCI_CLASS, reg};
-use farbus_vfio::{
-    DmaAccess, DmaWindow, Function, FunctionError, FunctionInfo, InterruptKind, Iova, Notice,
-    PciAddress, RegionIndex,
-};
+use farbus_vfio::nvme::{DOORBELL_BASE, reg};
+use farbus_vfio::{DmaWindow, Function, FunctionError, Notice, RegionIndex};
 use log::{debug, warn};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use self::arena::Arena;
 use self::controller::Controller;
+pub use self::error::DeviceError;
 pub use self::identity::Identity;
 pub use self::lane::{Lane, Round};
 use self::lanes::Lanes;
 use self::queues::Io;
 pub use self::settings::Settings;
-use super::description::{MAX_QUEUE_PAIRS, NvmeDescription};
+use super::description::NvmeDescription;
 use crate::session::Session;
-use crate::shadow::shared_memory;
 
 /// Pieces of memory that one message takes data from, or brings it to.
 const MAX_SPANS: usize = 1024;
@@ -75,48 +72,6 @@ impl Default for Limits {
     }
 }
 
-/// Why a device half cannot serve a function.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// The function refused.
-    #[error(transparent)]
-    Function(#[from] FunctionError),
-    /// Memory could not be had.
-    #[error("memory for the buffer shadow and the queues could not be had")]
-    Memory(#[source] io::Error),
-    /// The function is of another device class: its registers mean something else.
-    #[error(
-        "no engine carries devices of class {class:06x}; there is one for NVMe ({PCI_CLASS:06x})"
-    )]
-    NoEngine {
-        /// Class, subclass and programming interface.
-        class: u32,
-    },
-    /// The function has no interrupts that a server can wait for.
-    #[error("the function has neither MSI-X nor MSI interrupts")]
-    NoInterrupts,
-    /// No IOVA range of the function has room.
-    #[error("the function's IOVA ranges have no room for {len:#x} bytes")]
-    NoIova {
-        /// How many bytes were to be mapped.
-        len: u64,
-    },
-    /// Nothing of the function answers.
-    #[error(
-        "the function does not answer: its {what}; it has lost its power or its link without the \
-         kernel's knowledge, or its firmware hangs{}", remedy(*.address)
-    )]
-    NoAnswer {
-        /// What shows it, as a clause.
-        what: &'static str,
-        /// Where it sits, if it is a PCI function of this host.
-        address: Option<PciAddress>,
-    },
-    /// The controller did not do what the specification says.
-    #[error("the controller {0}")]
-    Controller(String),
-}
-
 /// One claim's hold on an NVMe function. Dropping it resets the function and takes its memory
 /// away.
 pub struct DeviceHalf {
@@ -140,75 +95,6 @@ pub struct DeviceHalf {
 }
 
 impl DeviceHalf {
-    /// Takes hold of a function: resets it, gives it the claim's fresh memory, and asks it
-    /// what it is.
-    pub fn open(function: Arc<dyn Function>, limits: Limits) -> Result<Self, DeviceError> {
-        Self::open_as(function, limits, None)
-    }
-
-    /// As [`Self::open`], of a function that had [`Self::settings`] before its first tenant:
-    /// it has them again.
-    pub fn open_as(
-        function: Arc<dyn Function>,
-        limits: Limits,
-        settings: Option<&Settings>,
-    ) -> Result<Self, DeviceError> {
-        check_class(function.as_ref())?;
-        let info = function.info();
-        if info.resettable {
-            function.reset()?;
-        }
-        let (kind, vectors) = match info.interrupts {
-            counts if counts.msix > 0 => (InterruptKind::Msix, counts.msix),
-            counts if counts.msi > 0 => (InterruptKind::Msi, counts.msi),
-            _ => return Err(DeviceError::NoInterrupts),
-        };
-        let shadow_len = limits.shadow_len as usize;
-        let arena_len = Arena::len_for(MAX_QUEUE_PAIRS, limits.tags);
-        let base = find_iova(info, Iova(0), (shadow_len + arena_len) as u64)?;
-        let memory = shared_memory("farbus-shadow", shadow_len).map_err(DeviceError::Memory)?;
-        let shadow = DmaWindow {
-            iova: base,
-            memory,
-            offset: 0,
-            len: shadow_len,
-            access: DmaAccess::ReadWrite,
-        };
-        let arena_base = Iova(base.0 + shadow_len as u64);
-        let arena =
-            Arena::new(arena_base, MAX_QUEUE_PAIRS, limits.tags).map_err(DeviceError::Memory)?;
-        let event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Memory)?);
-        let events = vec![Some(event.clone()); vectors as usize];
-        let controller = Controller::new(function.clone())?;
-        let mut half = Self {
-            io: Io::new(controller.doorbells(), Arc::new(arena), shadow, &limits),
-            lanes: Lanes::none(event.clone()),
-            controller,
-            description: NvmeDescription {
-                cap: 0,
-                vs: 0,
-                max_transfer: limits.max_transfer,
-                queue_pairs: 1,
-                namespaces: super::description::Namespaces::default(),
-            },
-            settings: Settings::default(),
-            identity: Identity::default(),
-            host_memory: None,
-            limits,
-            vectors,
-            event,
-            is_looked_at: false,
-            gone: None,
-            outbox: VecDeque::with_capacity(2 * MAX_OUTBOX),
-            function,
-        };
-        half.function.map_dma(&half.io.shadow)?;
-        half.function.map_dma(&half.io.arena.window())?;
-        half.function.set_interrupts(kind, 0, &events)?;
-        half.probe(settings)?;
-        Ok(half)
-    }
-
     /// What was set in the controller before its first tenant.
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -469,81 +355,6 @@ impl Sink for DeviceHalf {
         }
         Ok(())
     }
-}
-
-impl Drop for DeviceHalf {
-    /// The order matters: a function that is reset does no more DMA, so its memory can go.
-    fn drop(&mut self) {
-        self.close_lanes();
-        let label = &self.function.info().label;
-        if let Err(error) = self.controller.stop_now() {
-            warn!("{label}: could not be disabled: {error}");
-        }
-        if self.function.info().resettable {
-            if let Err(error) = self.function.reset() {
-                warn!("{label}: could not be reset: {error}");
-            }
-        }
-        let silent = vec![None; self.vectors as usize];
-        for kind in [InterruptKind::Msix, InterruptKind::Msi] {
-            if self.function.info().interrupts.of(kind) > 0 {
-                let _ = self.function.set_interrupts(kind, 0, &silent);
-                break;
-            }
-        }
-        let arena = self.io.arena.window();
-        for window in [&self.io.shadow, &arena]
-            .into_iter()
-            .chain(&self.host_memory)
-        {
-            if let Err(error) = self.function.unmap_dma(window.iova, window.len as u64) {
-                warn!("{label}: could not take memory back: {error}");
-            }
-        }
-    }
-}
-
-/// How a function of this host that does not answer is brought back: the kernel has to set up
-/// its registers anew, and does that only for a function that it has just found.
-fn remedy(address: Option<PciAddress>) -> String {
-    let Some(address) = address else {
-        return String::new();
-    };
-    format!(
-        "; once it has power, `echo 1 >/sys/bus/pci/devices/{address}/remove` and then \
-         `echo 1 >/sys/bus/pci/rescan` bring it back (docs/runbooks/device-failed.md)"
-    )
-}
-
-/// Looks before anything is written whether this is an NVMe controller (PCI 3.0 §6.2.1: class
-/// code at offset 9).
-fn check_class(function: &dyn Function) -> Result<(), DeviceError> {
-    let mut code = [0; 4];
-    function.config_read(0x08, &mut code)?;
-    match u32::from_le_bytes(code) >> 8 {
-        PCI_CLASS => Ok(()),
-        // The ids may be the kernel's, who answers for them; revision and class are not.
-        0xff_ffff => Err(DeviceError::NoAnswer {
-            what: "configuration space reads as all ones",
-            address: function.pci_address(),
-        }),
-        class => Err(DeviceError::NoEngine { class }),
-    }
-}
-
-/// A place for `len` bytes in the function's address space at `from` or behind, away from
-/// address 0.
-fn find_iova(info: &FunctionInfo, from: Iova, len: u64) -> Result<Iova, DeviceError> {
-    const ALIGN: u64 = 2 << 20;
-    let from = from.0.max(ALIGN);
-    info.iova_ranges
-        .iter()
-        .find_map(|range| {
-            let base = range.start().max(&from).checked_next_multiple_of(ALIGN)?;
-            let end = base.checked_add(len - 1)?;
-            (end <= *range.end()).then_some(Iova(base))
-        })
-        .ok_or(DeviceError::NoIova { len })
 }
 
 /// The code for a function that refused.

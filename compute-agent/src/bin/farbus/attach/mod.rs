@@ -23,9 +23,6 @@ Examples:
 /// What the interface waits for in one request, in seconds.
 const LONGEST_WAIT: u64 = 60;
 
-/// Between two requests, if the agent has not waited for as long as it was asked to.
-pub(crate) const PAUSE: Duration = Duration::from_millis(50);
-
 #[derive(Args)]
 pub(crate) struct AttachArgs {
     /// A name for the attachment: up to 63 of a-z, 0-9, `.`, `_` and `-`.
@@ -69,7 +66,7 @@ pub(crate) async fn run(args: &AttachArgs, client: &Client, as_json: bool) -> Re
         if now.state != AttachmentState::Attaching || Instant::now() >= deadline {
             break now;
         }
-        tokio::time::sleep(PAUSE).await;
+        // The agent has waited for as long as one request may.
     };
     drop(progress);
     let judged = judge(args, &attachment, begun.elapsed());

@@ -5,8 +5,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use farbus_compute_agent::peer::pid_of;
 use farbus_rest::client::{Client, ClientError};
-use rustix::net::sockopt::socket_peercred;
 use serde_json::Value;
 
 use super::{Finding, Level};
@@ -98,8 +98,7 @@ fn remedy(error: &ClientError) -> &'static str {
 }
 
 /// The agent's process, as the kernel names it for who connects.
-pub(super) fn process(socket: &Path) -> Option<i32> {
+pub(super) fn process(socket: &Path) -> Option<u32> {
     let stream = UnixStream::connect(socket).ok()?;
-    let peer = socket_peercred(&stream).ok()?;
-    Some(peer.pid.as_raw_nonzero().get())
+    pid_of(&stream)
 }

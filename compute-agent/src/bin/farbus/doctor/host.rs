@@ -14,7 +14,7 @@ const MIB: u64 = 1 << 20;
 const LANDLOCK: (u32, u32) = (5, 13);
 
 /// How much memory the agent and its workers may lock.
-pub(super) fn memlock(agent: Option<i32>) -> Finding {
+pub(super) fn memlock(agent: Option<u32>) -> Finding {
     const CHECK: &str = "memlock";
     let remedy =
         "set LimitMEMLOCK=infinity in the agent's unit (systemctl edit farbus-compute-agent)";

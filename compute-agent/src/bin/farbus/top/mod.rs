@@ -32,6 +32,7 @@ pub(crate) async fn run(args: &TopArgs, client: &Client, as_json: bool) -> Resul
     let mut rates = Rates::default();
     rates.rows(look(client).await?, Instant::now());
     loop {
+        // Rates are of time that has passed.
         tokio::time::sleep(Duration::from_secs(args.interval)).await;
         let rows = rates.rows(look(client).await?, Instant::now());
         if as_json {

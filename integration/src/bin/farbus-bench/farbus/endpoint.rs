@@ -3,58 +3,52 @@
 use std::path::Path;
 
 use anyhow::Result;
-use farbus_integration::counts::{SystemCalls, has_tool};
 
-use super::load::{self, Extent, Target};
-use super::path::{Attached, Backing, Poll};
-use super::{ENDPOINT, ENDPOINT_ADAPTIVE, ENDPOINT_NULL, ENDPOINT_THREADS};
-use crate::results::{Figures, figure};
-use crate::session::{Plan, Skip, Subject, Take};
-use crate::usage;
+use super::load::{self, Target};
+use super::path::{Attached, Backing, Poll, Setup};
+use super::{ENDPOINT, ENDPOINT_ADAPTIVE, ENDPOINT_NULL, ENDPOINT_THREADS, SIZE};
+use crate::results::Figures;
+use crate::session::{Plan, Subject, Take};
+use crate::usage::{self, count_calls};
 use crate::workload::{self, BIG_READ, BIG_WRITE, READ_1, READ_32, Workload};
 
-/// Size of each drive.
-const SIZE: u64 = 256 << 20;
-
-/// I/Os of a run whose system calls are counted.
-const COUNTED: u64 = 2000;
-
 pub(super) fn subjects() -> Vec<Box<dyn Subject>> {
-    let endpoint = |name, backing, poll| -> Box<dyn Subject> {
-        Box::new(Endpoint {
-            name,
-            backing,
-            poll,
-            threads: 1,
-        })
+    let default = Setup::default_of(SIZE);
+    let never = Setup {
+        poll: Poll::Never,
+        ..default
     };
-    vec![
-        endpoint(ENDPOINT, Backing::Memory, Poll::Never),
-        endpoint(ENDPOINT_ADAPTIVE, Backing::Memory, Poll::Adaptive),
-        Box::new(Endpoint {
-            name: ENDPOINT_THREADS,
-            backing: Backing::Memory,
-            poll: Poll::Adaptive,
-            threads: 2,
-        }),
-        endpoint(ENDPOINT_NULL, Backing::Null, Poll::Adaptive),
+    let two_threads = Setup {
+        threads: 2,
+        ..default
+    };
+    let null = Setup {
+        backing: Backing::Null,
+        ..default
+    };
+    [
+        (ENDPOINT, never),
+        (ENDPOINT_ADAPTIVE, default),
+        (ENDPOINT_THREADS, two_threads),
+        (ENDPOINT_NULL, null),
     ]
+    .into_iter()
+    .map(|(name, setup)| Box::new(Endpoint { name, setup }) as Box<dyn Subject>)
+    .collect()
 }
 
 struct Endpoint {
     name: &'static str,
-    backing: Backing,
-    poll: Poll,
-    /// Data threads on each side.
-    threads: u16,
+    /// With one attachment.
+    setup: Setup,
 }
 
 impl Endpoint {
     fn workloads(&self, quick: bool) -> Vec<Workload> {
-        match self.backing {
+        match self.setup.backing {
             // Each thread has queues of its own.
-            Backing::Memory if self.threads > 1 => workload::of_several_queues(quick),
-            Backing::Memory => workload::wide(quick),
+            Backing::Memory if self.setup.threads > 1 => workload::of_four_queues(quick),
+            Backing::Memory => workload::all(quick),
             Backing::Null => vec![READ_1, READ_32, BIG_READ],
         }
     }
@@ -79,23 +73,23 @@ impl Subject for Endpoint {
             if some.peek().is_none() {
                 continue;
             }
-            // The same data in all, however many there are.
-            let size = SIZE / u64::from(attachments);
-            let mut attached =
-                Attached::start(self.backing, size, attachments, self.poll, self.threads)?;
+            let mut attached = Attached::start(Setup {
+                attachments,
+                ..self.setup
+            })?;
+            let watched = attached.watched();
             let fill = (&take.plan.fill()).into();
             load::run(&target(&attached), &BIG_WRITE, false, fill)?;
             for workload in some {
-                let counts = take.repeat == 0 && [READ_1, READ_32].contains(workload);
                 take.one(&workload.to_string(), |plan| {
                     attached.check()?;
-                    let figures = self.figures(&attached, workload, plan)?;
+                    let figures = self.figures(&attached, workload, &plan.of(workload))?;
                     attached.check()?;
                     Ok(figures)
                 })?;
-                if counts {
-                    take.one(&workload.to_string(), |_| system_calls(&attached, workload))?;
-                }
+                count_calls(take, workload, &watched, |extent| {
+                    load::run(&target(&attached), workload, false, extent).map(drop)
+                })?;
             }
         }
         Ok(())
@@ -107,7 +101,7 @@ impl Endpoint {
         let watched = attached.watched();
         let mut figures = load::measure(&target(attached), workload, false, &watched, plan)?;
         // A drive in memory is the server's memory, but not what an attachment costs.
-        if self.backing == Backing::Null {
+        if self.setup.backing == Backing::Null {
             usage::resident(&watched, workload.attachments, &mut figures)?;
         }
         Ok(figures)
@@ -116,22 +110,4 @@ impl Endpoint {
 
 fn target(attached: &Attached) -> Target<'_> {
     Target::Endpoints(attached.sockets.iter().map(AsRef::<Path>::as_ref).collect())
-}
-
-/// System calls of each daemon per I/O. Being counted slows a daemon down, and so it finds more to do each
-/// time that it looks: at depth, a count is a lower bound of what the undisturbed daemon does.
-fn system_calls(attached: &Attached, workload: &Workload) -> Result<Figures> {
-    if let Err(error) = has_tool("strace") {
-        return Err(Skip::because(format!("system calls: {error}")));
-    }
-    let watched = attached.watched();
-    let counters = watched.iter().map(|one| SystemCalls::of(one.pid));
-    let counters: Vec<SystemCalls> = counters.collect::<Result<_, _>>()?;
-    load::run(&target(attached), workload, false, Extent::Count(COUNTED))?;
-    let mut figures = Figures::new();
-    for (one, counter) in watched.iter().zip(counters) {
-        let calls = counter.end()? as f64 / COUNTED as f64;
-        figures.insert(format!("{}.{}", figure::SYSCALLS, one.name), calls);
-    }
-    Ok(figures)
 }

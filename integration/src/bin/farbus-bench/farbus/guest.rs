@@ -15,11 +15,13 @@ use farbus_integration::tools::Tools;
 use farbus_integration::tools::initramfs::Userland;
 
 use super::load::TOOL;
-use super::path::{Attached, Backing, Poll, start};
+use super::path::{Attached, Backing, Setup, start};
 use super::{GUEST, GUEST_LOCAL};
+use crate::awake::Awake;
 use crate::results::{Figures, figure};
 use crate::session::{Plan, Subject, Take};
-use crate::workload::{READ_1, READ_32, Workload};
+use crate::usage::{Seen, Watched};
+use crate::workload::{self, READ_1, READ_32, Workload};
 
 /// The two drives have different sizes, by which the guest's are told apart.
 const LENT: u64 = 256 << 20;
@@ -46,17 +48,30 @@ impl Subject for Guests {
         GUEST.into()
     }
 
-    fn is_slow(&self) -> bool {
+    /// A machine takes long to boot.
+    fn has_own_rounds(&self) -> bool {
         true
     }
 
     fn measure(&self, take: &mut Take<'_>) -> Result<()> {
+        take.cannot(
+            &workload::of_four_queues(take.plan.quick),
+            "the driver makes a queue for each of the machine's two CPUs",
+        );
+        take.cannot(
+            &workload::of_eight_attachments(take.plan.quick),
+            "eight drives on two emulated CPUs would measure these",
+        );
         let scratch = Scratch::new("local")?;
-        let attached = Attached::start(Backing::Memory, LENT, 1, Poll::Adaptive, 1)?;
+        let attached = Attached::start(Setup::default_of(LENT))?;
         let socket = scratch.join("local.sock").display().to_string();
         let spec = Backing::Memory.spec(LOCAL);
         let arguments = ["serve", "--soft-nvme", &spec, "--socket", &socket];
-        let _local = start(TOOL, &arguments.map(str::to_owned))?;
+        let local = start(TOOL, &arguments.map(str::to_owned))?;
+        let watched_local = vec![Watched {
+            name: "drive",
+            pid: local.pid(),
+        }];
 
         let machine = MachineBuilder::new("bench")
             .userland(Userland::Large)
@@ -64,20 +79,33 @@ impl Subject for Guests {
             .vfio_user("local", socket.as_ref())
             .start(&self.tools)?;
         let guest = machine.wait_guest(BOOT.into())?;
-        let workloads = if take.plan.quick {
-            &[READ_1][..]
-        } else {
-            &[READ_1, READ_32]
-        };
-        for workload in workloads {
-            for (name, size) in [(GUEST, LENT), (GUEST_LOCAL, LOCAL)] {
-                take.one_of(name, &workload.to_string(), |plan| {
-                    let device = device(&guest, size)?;
-                    Ok(figures(fio(&guest, &device, workload, plan)?))
-                })?;
+        let drives = [
+            (GUEST, LENT, attached.watched()),
+            (GUEST_LOCAL, LOCAL, watched_local),
+        ];
+        for round in take.rounds() {
+            for workload in workloads(take, round) {
+                for (name, size, watched) in &drives {
+                    take.one_of(name, &workload.to_string(), |plan| {
+                        let device = device(&guest, *size)?;
+                        fio(&guest, &device, &workload, plan, watched)
+                    })?;
+                }
             }
         }
         end(machine)
+    }
+}
+
+/// fio takes seconds to start: what is judged is in every round, the rest in the first, and most of it in one state of
+/// the CPUs.
+fn workloads(take: &Take<'_>, round: u32) -> Vec<Workload> {
+    if take.plan.quick || round > 0 {
+        vec![READ_1]
+    } else if take.awake == Awake::Halting {
+        workload::common(false)
+    } else {
+        vec![READ_1, READ_32]
     }
 }
 
@@ -97,8 +125,16 @@ fn device(guest: &Guest, size: u64) -> Result<String> {
     Ok(format!("/dev/{found}"))
 }
 
-fn fio(guest: &Guest, device: &str, workload: &Workload, plan: &Plan) -> Result<Measured> {
+/// Runs fio, and adds what the `watched` processes used meanwhile, its start included: they sleep until then.
+fn fio(
+    guest: &Guest,
+    device: &str,
+    workload: &Workload,
+    plan: &Plan,
+    watched: &[Watched],
+) -> Result<Figures> {
     let block = workload.block.to_string();
+    let before = Seen::now(watched)?;
     let measured = measure(
         guest,
         device,
@@ -110,13 +146,17 @@ fn fio(guest: &Guest, device: &str, workload: &Workload, plan: &Plan) -> Result<
             seconds: plan.time.as_secs_f64().ceil() as u32 + 1,
         },
     );
-    measured.context("running fio in the guest")
+    let measured = measured.context("running fio in the guest")?;
+    let mut figures = figures(&measured);
+    Seen::now(watched)?.per_io(&before, measured.ios, &mut figures);
+    Ok(figures)
 }
 
-fn figures(measured: Measured) -> Figures {
+fn figures(measured: &Measured) -> Figures {
     Figures::from([
         (figure::P50.into(), measured.p50_us),
         (figure::P99.into(), measured.p99_us),
+        (figure::P999.into(), measured.p999_us),
         (figure::IOPS.into(), measured.iops),
         (figure::MB_PER_S.into(), measured.bytes_per_second / 1e6),
     ])

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::results::{Figures, figure};
 use crate::session::Plan;
 use crate::usage::{Meter, Watched};
-use crate::workload::{MIX_READS, Pattern, Workload};
+use crate::workload::{Extent, MIX_READS, Pattern, Workload};
 
 pub(crate) const TOOL: &str = "farbus-vfu-nvme";
 
@@ -20,8 +20,11 @@ pub(crate) const TOOL: &str = "farbus-vfu-nvme";
 pub(crate) enum Target<'a> {
     /// The endpoints of agents.
     Endpoints(Vec<&'a Path>),
-    /// An export of a device server, with the compute half in the load's own process.
-    Export { address: &'a str, name: &'a str },
+    /// Exports of a device server, with the compute half in the load's own process.
+    Exports {
+        address: &'a str,
+        names: &'a [String],
+    },
 }
 
 impl Target<'_> {
@@ -31,26 +34,15 @@ impl Target<'_> {
                 .iter()
                 .flat_map(|socket| ["--vfio-user".to_owned(), socket.display().to_string()])
                 .collect(),
-            Self::Export { address, name } => {
-                let arguments = ["--from", address, "--export", name];
-                arguments.map(str::to_owned).into()
+            Self::Exports { address, names } => {
+                let names = names.iter();
+                let each = names.flat_map(|name| ["--export".to_owned(), name.clone()]);
+                ["--from", address]
+                    .map(str::to_owned)
+                    .into_iter()
+                    .chain(each)
+                    .collect()
             }
-        }
-    }
-}
-
-/// For how long, or how much.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Extent {
-    For { warmup: Duration, time: Duration },
-    Count(u64),
-}
-
-impl From<&Plan> for Extent {
-    fn from(plan: &Plan) -> Self {
-        Self::For {
-            warmup: plan.warmup,
-            time: plan.time,
         }
     }
 }
@@ -123,7 +115,7 @@ pub(crate) fn run(
 }
 
 /// The tool's figures under the names that they have here.
-fn figures(report: &Value, workload: &Workload) -> Figures {
+pub(crate) fn figures(report: &Value, workload: &Workload) -> Figures {
     const NAMES: [(&str, &str); 11] = [
         ("/latency_us/mean", figure::MEAN),
         ("/latency_us/p50", figure::P50),

@@ -91,16 +91,59 @@ impl Server {
         })
     }
 
-    /// Where it listens, and the name of its first export.
-    pub(crate) fn first(&self) -> (&str, &str) {
-        let first = self.exports.first().map_or("", String::as_str);
-        (&self.address, first)
+    /// Where it listens, and the names of its exports.
+    pub(crate) fn lent(&self) -> (&str, &[String]) {
+        (&self.address, &self.exports)
     }
 
     pub(crate) fn watched(&self) -> Watched {
         Watched {
             name: "server",
             pid: self.daemon.pid(),
+        }
+    }
+}
+
+/// What an agent offers to a VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Endpoint {
+    VfioUser,
+    VhostUserBlk,
+}
+
+impl Endpoint {
+    /// The agent's option for it.
+    fn option(self) -> &'static str {
+        match self {
+            Self::VfioUser => "--vfio-user",
+            Self::VhostUserBlk => "--vhost-user-blk",
+        }
+    }
+}
+
+/// What is started.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Setup {
+    pub(crate) backing: Backing,
+    /// Of all drives together.
+    pub(crate) size: u64,
+    pub(crate) attachments: u32,
+    pub(crate) poll: Poll,
+    /// Data threads on each side.
+    pub(crate) threads: u16,
+    pub(crate) endpoint: Endpoint,
+}
+
+impl Setup {
+    /// One attachment as an operator gets it, with a drive in memory.
+    pub(crate) fn default_of(size: u64) -> Self {
+        Self {
+            backing: Backing::Memory,
+            size,
+            attachments: 1,
+            poll: Poll::Adaptive,
+            threads: 1,
+            endpoint: Endpoint::VfioUser,
         }
     }
 }
@@ -116,15 +159,17 @@ pub(crate) struct Attached {
 }
 
 impl Attached {
-    pub(crate) fn start(
-        backing: Backing,
-        size: u64,
-        count: u32,
-        poll: Poll,
-        threads: u16,
-    ) -> Result<Self> {
+    pub(crate) fn start(setup: Setup) -> Result<Self> {
         static POLL: OnceLock<bool> = OnceLock::new();
-        let server = Server::start(backing, size, count, poll)?;
+        let Setup {
+            backing,
+            size,
+            attachments,
+            poll,
+            threads,
+            endpoint,
+        } = setup;
+        let server = Server::start(backing, size / u64::from(attachments), attachments, poll)?;
         let scratch = Scratch::new("farbus")?;
         let mut agents = Vec::new();
         let mut sockets = Vec::new();
@@ -136,7 +181,7 @@ impl Attached {
                 &server.address,
                 "--export",
                 name,
-                "--vfio-user",
+                endpoint.option(),
             ]
             .map(str::to_owned)
             .into();

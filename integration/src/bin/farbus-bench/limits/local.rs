@@ -88,8 +88,8 @@ impl Subject for Memory {
     }
 
     fn measure(&self, take: &mut Take<'_>) -> Result<()> {
-        take.one("128 KiB cached", |plan| copy(BIG, plan))?;
-        take.one(NOT_CACHED, |plan| copy(COLD, plan))
+        take.one("128 KiB cached", |plan| copy(BIG, &plan.brief()))?;
+        take.one(NOT_CACHED, |plan| copy(COLD, &plan.brief()))
     }
 }
 

@@ -109,12 +109,12 @@ fn tcp(place: &Place, take: &mut Take<'_>) -> Result<()> {
     for how in How::ALL {
         for sizes in [SMALL, READ] {
             take.one(&round_trip(sizes, how), |plan| {
-                Wire::tcp(place, sizes, how).measure(plan)
+                Wire::tcp(place, sizes, how).measure(&plan.brief())
             })?;
         }
     }
-    take.one(SENT, |plan| stream::send(place, BIG, plan))?;
-    take.one(RECEIVED, |plan| stream::receive(place, BIG, plan))
+    take.one(SENT, |plan| stream::send(place, BIG, &plan.brief()))?;
+    take.one(RECEIVED, |plan| stream::receive(place, BIG, &plan.brief()))
 }
 
 /// From one process, or thread, to another on this machine.
@@ -132,12 +132,14 @@ impl Subject for Hops {
     fn measure(&self, take: &mut Take<'_>) -> Result<()> {
         for how in How::ALL {
             take.one(&round_trip(SMALL, how), |plan| {
-                Wire::unix(SMALL, how).measure(plan)
+                Wire::unix(SMALL, how).measure(&plan.brief())
             })?;
         }
         for how in How::ALL {
             let workload = round_trip((8, 8), how);
-            take.one_of(EVENTFD, &workload, |plan| local::eventfd(how, plan))?;
+            take.one_of(EVENTFD, &workload, |plan| {
+                local::eventfd(how, &plan.brief())
+            })?;
         }
         Ok(())
     }

@@ -3,8 +3,10 @@
 //! Each is a chain of programs as one would run it: a server with a disk in memory, and
 //! qemu-storage-daemon, which makes a vhost-user-blk device of what that server offers. The client is
 //! libblkio, which is also what QEMU uses for such devices; it runs in a process of its own.
+//!
+//! Several attachments are several qemu-storage-daemons, as several machines would have, each with a connection to
+//! the one server; they share its disk.
 
-pub(crate) mod client;
 mod servers;
 mod spdk;
 
@@ -13,9 +15,9 @@ use farbus_integration::scratch::Scratch;
 use farbus_integration::tools::peers::Peers;
 
 use self::servers::Chain;
-use crate::results::Figures;
-use crate::session::{Plan, Subject, Take};
-use crate::usage::Meter;
+use crate::blk_client;
+use crate::session::{Subject, Take};
+use crate::usage::{Meter, count_calls};
 use crate::workload::{self, BIG_WRITE, Workload};
 
 /// Subjects' names, which budgets refer to.
@@ -25,7 +27,8 @@ pub(crate) const ISCSI: &str = "iSCSI";
 pub(crate) const SPDK_TCP: &str = "SPDK NVMe/TCP";
 pub(crate) const SPDK_VFIO_USER: &str = "SPDK vfio-user";
 
-type Start = fn(&Peers, &Scratch) -> Result<Chain>;
+/// Starts a peer with so many attachments.
+type Start = fn(&Peers, &Scratch, u32) -> Result<Chain>;
 
 /// All peers.
 pub(crate) fn subjects(peers: &Peers) -> Vec<Box<dyn Subject>> {
@@ -62,27 +65,44 @@ impl Subject for VhostUserDisk {
     }
 
     fn measure(&self, take: &mut Take<'_>) -> Result<()> {
-        let scratch = Scratch::new("peer")?;
-        let mut chain = (self.start)(&self.peers, &scratch)
-            .with_context(|| format!("starting {}", self.name))?;
-        let written = client::run(&chain.socket, &BIG_WRITE, &take.plan.fill());
-        chain.check(&scratch)?;
-        written.context("filling the disk")?;
-        for workload in workload::common(take.plan.quick) {
-            take.one(&workload.to_string(), |plan| {
-                chain.check(&scratch)?;
-                let figures = measure(&chain, &workload, plan)?;
-                chain.check(&scratch)?;
-                Ok(figures)
-            })?;
+        let workloads = workload::all(take.plan.quick);
+        for attachments in [1, 8] {
+            let some = workloads.iter().filter(|w| w.attachments == attachments);
+            self.measure_with(attachments, some, take)?;
         }
         Ok(())
     }
 }
 
-fn measure(chain: &Chain, workload: &Workload, plan: &Plan) -> Result<Figures> {
-    let meter = Meter::start(&chain.watched, plan.warmup, plan.time);
-    let mut figures = client::run(&chain.socket, workload, plan)?;
-    meter.stop(&mut figures)?;
-    Ok(figures)
+impl VhostUserDisk {
+    fn measure_with<'a>(
+        &self,
+        attachments: u32,
+        workloads: impl Iterator<Item = &'a Workload>,
+        take: &mut Take<'_>,
+    ) -> Result<()> {
+        let scratch = Scratch::new("peer")?;
+        let mut chain = (self.start)(&self.peers, &scratch, attachments)
+            .with_context(|| format!("starting {}", self.name))?;
+        // All attachments share the disk.
+        let fill = (&take.plan.fill()).into();
+        let written = blk_client::run(&chain.sockets[..1], &BIG_WRITE, fill);
+        chain.check(&scratch)?;
+        written.context("filling the disk")?;
+        for workload in workloads {
+            take.one(&workload.to_string(), |plan| {
+                let plan = plan.of(workload);
+                chain.check(&scratch)?;
+                let meter = Meter::start(&chain.watched, plan.warmup, plan.time);
+                let mut figures = blk_client::run(&chain.sockets, workload, (&plan).into())?;
+                meter.stop(&mut figures)?;
+                chain.check(&scratch)?;
+                Ok(figures)
+            })?;
+            count_calls(take, workload, &chain.watched, |extent| {
+                blk_client::run(&chain.sockets, workload, extent).map(drop)
+            })?;
+        }
+        Ok(())
+    }
 }

@@ -23,11 +23,14 @@ const DISK_BYTES: u64 = 256 << 20;
 /// How long a program may take to be ready.
 const READY_SECS: u64 = 20;
 
+/// Queues of each vhost-user-blk device; a client uses as many of them as it likes.
+const QUEUES: u32 = 4;
+
 /// The running programs of a peer. Dropping them kills them, also the one that ignores SIGTERM.
 #[derive(Debug)]
 pub(crate) struct Chain {
-    /// The vhost-user-blk socket at its end.
-    pub(crate) socket: PathBuf,
+    /// The vhost-user-blk sockets at its end, one for each attachment.
+    pub(crate) sockets: Vec<PathBuf>,
     pub(crate) watched: Vec<Watched>,
     processes: Vec<Process>,
     _disk: Option<Scratch>,
@@ -44,7 +47,7 @@ impl Chain {
 }
 
 /// nbdkit with a disk in memory, reached through qemu-storage-daemon.
-pub(crate) fn nbd(peers: &Peers, scratch: &Scratch) -> Result<Chain> {
+pub(crate) fn nbd(peers: &Peers, scratch: &Scratch, attachments: u32) -> Result<Chain> {
     let port = free_port()?;
     let mut nbdkit = peers.nbdkit()?;
     nbdkit
@@ -55,11 +58,16 @@ pub(crate) fn nbd(peers: &Peers, scratch: &Scratch) -> Result<Chain> {
     wait(&mut server, scratch, || {
         TcpStream::connect(("127.0.0.1", port)).is_ok()
     })?;
-    storage_daemon(peers, scratch, &nbd_client(port), ("nbdkit", server), None)
+    let served = Served {
+        server: ("nbdkit", server),
+        node: nbd_client(port),
+        disk: None,
+    };
+    served.attach(peers, scratch, attachments)
 }
 
 /// qemu-storage-daemon at both ends; the disk is none, and moves no data to speak of.
-pub(crate) fn nbd_null(peers: &Peers, scratch: &Scratch) -> Result<Chain> {
+pub(crate) fn nbd_null(peers: &Peers, scratch: &Scratch, attachments: u32) -> Result<Chain> {
     let port = free_port()?;
     let mut daemon = peers.qemu_storage_daemon()?;
     daemon
@@ -80,8 +88,12 @@ pub(crate) fn nbd_null(peers: &Peers, scratch: &Scratch) -> Result<Chain> {
     wait(&mut server, scratch, || {
         TcpStream::connect(("127.0.0.1", port)).is_ok()
     })?;
-    let served = ("qsd-server", server);
-    storage_daemon(peers, scratch, &nbd_client(port), served, None)
+    let served = Served {
+        server: ("qsd-server", server),
+        node: nbd_client(port),
+        disk: None,
+    };
+    served.attach(peers, scratch, attachments)
 }
 
 fn nbd_client(port: u16) -> String {
@@ -89,7 +101,7 @@ fn nbd_client(port: u16) -> String {
 }
 
 /// tgt with a disk in memory, reached through qemu-storage-daemon.
-pub(crate) fn iscsi(peers: &Peers, scratch: &Scratch) -> Result<Chain> {
+pub(crate) fn iscsi(peers: &Peers, scratch: &Scratch, attachments: u32) -> Result<Chain> {
     const TARGET: &str = "iqn.2001-04.com.example:bench";
     let port = free_port()?;
     let control = std::process::id().to_string();
@@ -141,41 +153,71 @@ pub(crate) fn iscsi(peers: &Peers, scratch: &Scratch) -> Result<Chain> {
             .env("TGT_IPC_SOCKET", &ipc);
         run_tool(&mut tgtadm)?;
     }
-    let node =
-        format!("driver=iscsi,node-name=n0,transport=tcp,portal={portal},target={TARGET},lun=1");
-    storage_daemon(peers, scratch, &node, ("tgtd", server), Some(memory))
+    let served = Served {
+        server: ("tgtd", server),
+        node: format!(
+            "driver=iscsi,node-name=n0,transport=tcp,portal={portal},target={TARGET},lun=1"
+        ),
+        disk: Some(memory),
+    };
+    served.attach(peers, scratch, attachments)
+}
+
+/// A server that is running, and how qemu-storage-daemon reaches it.
+struct Served {
+    server: (&'static str, Process),
+    node: String,
+    disk: Option<Scratch>,
+}
+
+impl Served {
+    /// Offers what it serves as vhost-user-blk devices, each of a process of its own.
+    fn attach(self, peers: &Peers, scratch: &Scratch, attachments: u32) -> Result<Chain> {
+        let (name, server) = self.server;
+        let watch = |name, process: &Process| Watched {
+            name,
+            pid: process.id(),
+        };
+        let mut chain = Chain {
+            sockets: Vec::new(),
+            watched: vec![watch(name, &server)],
+            processes: Vec::new(),
+            _disk: self.disk,
+        };
+        for number in 0..attachments {
+            let socket = scratch.join(format!("blk{number}.sock"));
+            let daemon = storage_daemon(peers, scratch, &self.node, &socket)?;
+            chain.watched.push(watch("qsd", &daemon));
+            chain.sockets.push(socket);
+            chain.processes.push(daemon);
+        }
+        // Those that are connected to it end first.
+        chain.processes.push(server);
+        Ok(chain)
+    }
 }
 
 /// Offers a block node as a vhost-user-blk device.
-fn storage_daemon(
-    peers: &Peers,
-    scratch: &Scratch,
-    node: &str,
-    (server_name, server): (&'static str, Process),
-    disk: Option<Scratch>,
-) -> Result<Chain> {
-    let socket = scratch.join("blk.sock");
+fn storage_daemon(peers: &Peers, scratch: &Scratch, node: &str, socket: &Path) -> Result<Process> {
     let mut daemon = peers.qemu_storage_daemon()?;
     daemon
-        .args(["--object", "iothread,id=io0", "--blockdev", node, "--export"])
+        .args([
+            "--object",
+            "iothread,id=io0",
+            "--blockdev",
+            node,
+            "--export",
+        ])
         .arg(format!(
-            "type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={},writable=on,iothread=io0",
+            "type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={},writable=on,\
+             num-queues={QUEUES},iothread=io0",
             socket.display()
         ));
-    let mut client = start("qsd", daemon, scratch)?;
-    wait(&mut client, scratch, || {
-        UnixStream::connect(&socket).is_ok()
+    let mut process = start("qsd", daemon, scratch)?;
+    wait(&mut process, scratch, || {
+        UnixStream::connect(socket).is_ok()
     })?;
-    let watch = |name, process: &Process| Watched {
-        name,
-        pid: process.id(),
-    };
-    Ok(Chain {
-        socket,
-        watched: vec![watch(server_name, &server), watch("qsd", &client)],
-        processes: vec![client, server],
-        _disk: disk,
-    })
+    Ok(process)
 }
 
 /// A directory whose files are in memory.

@@ -65,6 +65,9 @@ impl Subject for Spdk {
             return Err(Skip::because(format!("{DIR_ENV} names no build of SPDK")));
         };
         let scratch = Scratch::new("spdk")?;
+        let wide: Vec<Workload> = workload::all(take.plan.quick);
+        let wide: Vec<Workload> = wide.into_iter().filter(Workload::is_wide).collect();
+        take.cannot(&wide, "its perf tool has one queue of one controller here");
         let (target, transport) = self.start(&dir, &scratch)?;
         let watched = [Watched {
             name: "target",

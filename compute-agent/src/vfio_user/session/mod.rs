@@ -1,20 +1,17 @@
 //! One client's conversation: what each of its messages does to the function.
 //!
 //! It knows no socket. Messages come from an [`Inbox`](super::inbox::Inbox), replies go to an
-//! [`Outbox`].
+//! [`Outbox`]. `handshake` is how it begins, `transfers` are the accesses to regions.
+
+mod handshake;
+mod transfers;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use farbus_vfio::Function;
-use farbus_vfio::user::body::{
-    DmaTransfer, RegionAccess, Version, WriteMulti, decode_region_write,
-};
-use farbus_vfio::user::caps::Capabilities;
-use farbus_vfio::user::wire::{
-    Command, DMA_PAGE, FLAG_NO_REPLY, Header, MAX_DATA_XFER, MAX_MSG_FDS, MessageType,
-    VERSION_MAJOR, VERSION_MINOR,
-};
+use farbus_vfio::user::body::DmaTransfer;
+use farbus_vfio::user::wire::{Command, FLAG_NO_REPLY, Header, MessageType};
 use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -27,20 +24,10 @@ use super::refusal::{End, Refusal};
 use super::{dma, regions};
 use crate::api::Msix;
 use crate::custody::Custody;
-use crate::guest_memory::{GuestMemory, MAX_WINDOWS};
+use crate::guest_memory::GuestMemory;
 
 /// How many refused commands of a client are logged, one by one.
 const LOGGED_REFUSALS: u32 = 16;
-
-/// What can be done with a client, and what this server tells of itself.
-const CAPABILITIES: Capabilities = Capabilities {
-    max_msg_fds: Some(MAX_MSG_FDS as u64),
-    max_data_xfer_size: Some(MAX_DATA_XFER as u64),
-    max_dma_maps: Some(MAX_WINDOWS as u64),
-    pgsizes: Some(DMA_PAGE),
-    write_multiple: Some(true),
-    migration: false,
-};
 
 /// How far the handling of a message got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,55 +256,6 @@ impl Session {
         }
     }
 
-    /// Everything before the version has been agreed on.
-    fn shake_hands(
-        &mut self,
-        command: Option<Command>,
-        header: &Header,
-        body: &[u8],
-        outbox: &mut Outbox,
-    ) -> Result<(), End> {
-        if command != Some(Command::Version) || header.no_reply() {
-            if !header.no_reply() {
-                outbox.put(&header.error_reply(libc::EINVAL), &[])?;
-            }
-            return Err(End::NotNegotiated(header.command));
-        }
-        match answer_version(body) {
-            Ok((answer, proposed)) => {
-                outbox.put(&header.reply(answer.len()), &answer)?;
-                self.negotiated = true;
-                self.choose_msix(&proposed);
-                Ok(())
-            }
-            Err(refusal) => {
-                outbox.put(&header.error_reply(refusal.errno()), &[])?;
-                Err(End::Handshake(refusal))
-            }
-        }
-    }
-
-    /// Decides who keeps the MSI-X table: see [`super::msix`].
-    fn choose_msix(&mut self, client: &Capabilities) {
-        let is_mediated = match self.msix {
-            Msix::Auto => client.are_qemus(),
-            Msix::Mediated => true,
-            Msix::Irqfd => false,
-        };
-        if is_mediated {
-            self.mediator = Mediator::new(self.function.as_ref());
-            if let (Some(mediator), Some(record)) = (&mut self.mediator, &self.record) {
-                mediator.keep(record);
-            }
-        }
-        let how = match &self.mediator {
-            Some(_) => "MSI-X is mediated",
-            None if is_mediated => "no MSI-X can be mediated",
-            None => "MSI-X by eventfds",
-        };
-        info!("vfio-user {}: client connected, {how}", self.name);
-    }
-
     /// The function has signalled a vector of a mediated MSI-X.
     pub(super) fn fire(&mut self, vector: u32) {
         if let Some(mediator) = &mut self.mediator {
@@ -347,98 +285,6 @@ impl Session {
         let header = Header::command(self.sent, Command::DmaWrite, FLAG_NO_REPLY, body.len());
         outbox.put(&header, &body)?;
         Ok(true)
-    }
-
-    fn region_read(
-        &self,
-        header: &Header,
-        body: &[u8],
-        outbox: &mut Outbox,
-    ) -> Result<Result<(), Refusal>, End> {
-        let checked = RegionAccess::decode(body)
-            .map_err(Refusal::from)
-            .and_then(|ask| {
-                if ask.count as usize > MAX_DATA_XFER {
-                    return Err(Refusal::TransferTooLong {
-                        count: ask.count,
-                        max: MAX_DATA_XFER,
-                    });
-                }
-                let at = regions::place(self.function.as_ref(), ask.region, ask.offset, ask.count)?;
-                Ok((ask, at))
-            });
-        let (ask, at) = match checked {
-            Ok(checked) => checked,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
-        let len = RegionAccess::LEN + ask.count as usize;
-        let answer = outbox.reserve(len)?;
-        let Some((head, data)) = answer.split_first_chunk_mut() else {
-            return Err(Full.into());
-        };
-        *head = ask.encode();
-        if let Err(refusal) =
-            regions::read(self.function.as_ref(), self.mediator.as_ref(), at, data)
-        {
-            return Ok(Err(refusal));
-        }
-        if !header.no_reply() {
-            outbox.commit(&header.reply(len))?;
-        }
-        Ok(Ok(()))
-    }
-
-    fn region_write(
-        &mut self,
-        header: &Header,
-        body: &[u8],
-        outbox: &mut Outbox,
-    ) -> Result<Result<(), Refusal>, End> {
-        let done = decode_region_write(body)
-            .map_err(Refusal::from)
-            .and_then(|(ask, data)| {
-                let mediator = self.mediator.as_mut();
-                regions::write(self.function.as_ref(), mediator, ask, data)?;
-                Ok(ask)
-            });
-        match done {
-            Ok(ask) => self.reply(header, &ask.encode(), outbox).map(Ok),
-            Err(refusal) => Ok(Err(refusal)),
-        }
-    }
-
-    /// Several writes, in order; the budget may end in the middle of them. One that is
-    /// refused does not keep the others from being done, as if each had come on its own; the
-    /// reply tells how many were done.
-    fn write_multi(
-        &mut self,
-        header: &Header,
-        body: &[u8],
-        outbox: &mut Outbox,
-        budget: &mut u32,
-    ) -> Result<Handled, End> {
-        let multi = match WriteMulti::decode(body) {
-            Ok(multi) => multi,
-            Err(error) => {
-                return self
-                    .refuse(header, error.into(), outbox)
-                    .map(|()| Handled::Done);
-            }
-        };
-        for write in multi.iter().skip(self.multi.seen) {
-            self.multi.seen += 1;
-            match regions::write_one(self.function.as_ref(), self.mediator.as_mut(), &write) {
-                Ok(()) => self.multi.done += 1,
-                Err(refusal) => self.log_refusal(header, &refusal),
-            }
-            if *budget == 0 && self.multi.seen < multi.count() {
-                return Ok(Handled::Unfinished);
-            }
-            *budget = budget.saturating_sub(1);
-        }
-        let done = std::mem::take(&mut self.multi).done;
-        self.reply(header, &done.to_ne_bytes(), outbox)?;
-        Ok(Handled::Done)
     }
 
     fn reply(&self, header: &Header, body: &[u8], outbox: &mut Outbox) -> Result<(), End> {
@@ -513,25 +359,6 @@ impl Session {
         self.mediator = None;
         self.negotiated = false;
     }
-}
-
-/// The reply to a version request, and what the client proposes in it.
-fn answer_version(body: &[u8]) -> Result<(Vec<u8>, Capabilities), Refusal> {
-    let version = Version::decode(body)?;
-    let Version { major, minor } = version;
-    if major != VERSION_MAJOR {
-        return Err(Refusal::Version { major, minor });
-    }
-    let proposed = Capabilities::decode(body.get(Version::LEN..).unwrap_or_default())?;
-    let agreed = Version {
-        major,
-        minor: minor.min(VERSION_MINOR),
-    };
-    let answer = [
-        &agreed.encode()[..],
-        &CAPABILITIES.answer_to(&proposed).encode(),
-    ];
-    Ok((answer.concat(), proposed))
 }
 
 /// The body of a reply with a fixed layout.

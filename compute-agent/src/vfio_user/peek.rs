@@ -1,36 +1,14 @@
-//! Who is at the other end of a UNIX socket, and how far one was read without taking anything out.
+//! How far a UNIX socket was read without taking anything out.
 //!
 //! Rule: the only calls are getsockopt(2) and setsockopt(2) with a buffer of the size that they
 //! are told.
-#![allow(unsafe_code)]
+#![allow(
+    unsafe_code,
+    reason = "the standard library has no call for SO_PEEK_OFF"
+)]
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-
-/// The process that connected (`SO_PEERCRED`, unix(7)); `None` when it is not visible from
-/// here, such as in another pid namespace.
-pub(crate) fn pid_of(stream: &UnixStream) -> Option<u32> {
-    let mut credentials = libc::ucred {
-        pid: 0,
-        uid: 0,
-        gid: 0,
-    };
-    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes to `credentials`, which has as many and
-    // may hold any bit pattern; both pointers are to live variables.
-    let result = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut credentials).cast(),
-            &raw mut len,
-        )
-    };
-    u32::try_from(credentials.pid)
-        .ok()
-        .filter(|pid| result == 0 && *pid > 0)
-}
 
 /// From where on the next read without taking out reads, in bytes (`SO_PEEK_OFF`, socket(7)): it
 /// rises by what such a read returns, and falls by what is taken out. The kernel counts, so this
