@@ -201,6 +201,14 @@ enum Switch {
     Off,
 }
 
+/// A worker cannot go on where the one before was.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "what the worker before has left cannot be taken up; an agent of the version that made it can, or \
+     delete the attachment and make it again"
+)]
+struct NotTakenUp(#[source] Box<dyn std::error::Error + Send + Sync>);
+
 /// A failure with the exit code that tells of it.
 struct Failure(u8, anyhow::Error);
 
@@ -209,6 +217,14 @@ impl Failure {
     fn is_busy(&self) -> bool {
         let mut causes = self.1.chain();
         causes.any(|cause| cause.downcast_ref().is_some_and(FabricError::is_busy))
+    }
+
+    /// Whether another worker would meet the same.
+    fn is_permanent(&self) -> bool {
+        self.1.chain().any(|cause| {
+            let refused = cause.downcast_ref().is_some_and(FabricError::is_final);
+            refused || cause.is::<NotTakenUp>()
+        })
     }
 }
 
@@ -345,16 +361,18 @@ fn resume(
     let label = format!("{} of {}", args.export.as_str(), args.from);
     let left = custody.held(&key(CONTROLLER));
     let remote = left.map(|memory| RemoteFunction::resume(label, memory));
+    let lost = |error: anyhow::Error| NotTakenUp(error.into()).into();
     let remote = remote
         .transpose()
-        .map_err(|error| Failure(1, error.into()))?
+        .map_err(|error| Failure(1, lost(error.into())))?
         .map(Arc::new)
         .ok_or_else(|| Failure(1, anyhow::anyhow!("there is nothing to take up")))?;
     let function: Arc<dyn Function> = remote.clone();
     let endpoint = Endpoint::resume(path, function, args.msix, custody.clone())
         .with_context(|| not_offered(path))
-        .map_err(|error| Failure(4, error))?;
-    remote.recover().map_err(|error| Failure(1, error.into()))?;
+        .map_err(|error| Failure(4, lost(error)))?;
+    let recovered = remote.recover();
+    recovered.map_err(|error| Failure(1, lost(error.into())))?;
     info!("goes on where another process was");
     serve(args, endpoint, remote, source, custody).map_err(|error| Failure(1, error))
 }
@@ -476,7 +494,12 @@ fn make_directory(socket: &Path) -> anyhow::Result<()> {
 fn refuse(args: &AttachArgs, failure: &Failure) {
     if args.json {
         let error = format!("{:#}", failure.1);
-        let line = serde_json::json!({"ready": false, "error": error, "busy": failure.is_busy()});
+        let line = serde_json::json!({
+            "ready": false,
+            "error": error,
+            "busy": failure.is_busy(),
+            "permanent": failure.is_permanent(),
+        });
         // Whoever does not listen finds it in the log.
         let _ = writeln!(io::stdout(), "{line}");
     }

@@ -58,6 +58,8 @@ enum Boot {
     Kernel(Kernel),
     /// An image that has all it needs built in.
     Image(PathBuf),
+    /// A disk with a system of its own, without an initramfs.
+    System,
     Firmware(Firmware),
 }
 
@@ -93,6 +95,31 @@ impl MachineBuilder {
     pub fn kernel_image(mut self, image: &Path) -> Self {
         self.boot = Boot::Image(image.to_owned());
         self
+    }
+
+    /// Boots the system of a disk that [`system::disk`](crate::tools::system::disk) has made, which may write
+    /// to it. Its kernel has no modules.
+    #[must_use]
+    pub fn system(self, disk: &Path) -> Self {
+        let node = json!({
+            "driver": "raw",
+            "node-name": "system",
+            // Nothing outlives the machine, and installing packages flushes all the time.
+            "cache": {"no-flush": true},
+            "file": {"driver": "file", "filename": disk.display().to_string()},
+        });
+        let drive = json!({"driver": "nvme", "drive": "system", "serial": "system"});
+        let mut machine = self
+            .argument("-blockdev")
+            .argument(&node.to_string())
+            .device(&drive)
+            .parameter("root=/dev/nvme0n1")
+            .parameter("rw")
+            .parameter("init=/lib/systemd/systemd")
+            // Its journal has it.
+            .parameter("systemd.show_status=0");
+        machine.boot = Boot::System;
+        machine
     }
 
     /// Lets this firmware find something to boot.
@@ -429,6 +456,13 @@ impl MachineBuilder {
                     .arg(image)
                     .arg("-initrd")
                     .arg(initramfs)
+                    .args(["-append", &command_line(&self.parameters)]);
+            }
+            Boot::System => {
+                let kernel = tools.kernel(Kernel::V6_12)?;
+                command
+                    .arg("-kernel")
+                    .arg(kernel.image)
                     .args(["-append", &command_line(&self.parameters)]);
             }
             Boot::Firmware(firmware) => {

@@ -165,8 +165,16 @@ impl Guest {
     /// # Errors
     /// When it does not come up in time.
     pub fn reboot(&self, deadline: Deadline) -> Result<()> {
+        self.reboot_by("sync; reboot -f", deadline)
+    }
+
+    /// Starts a reboot by a command of the guest's own system, and waits until the guest is up again.
+    ///
+    /// # Errors
+    /// When it does not come up in time.
+    pub fn reboot_by(&self, command: &str, deadline: Deadline) -> Result<()> {
         let port = self.port.lock().unwrap_or_else(PoisonError::into_inner);
-        send(&port, "sync; reboot -f")?;
+        send(&port, command)?;
         drop(port);
         self.vm.wait_boot(deadline).map(drop)
     }

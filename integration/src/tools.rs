@@ -16,6 +16,7 @@ pub mod peers;
 pub mod programs;
 pub mod qemu;
 pub mod sources;
+pub mod system;
 pub mod tree;
 pub mod uml;
 

@@ -13,6 +13,7 @@
 pub mod client;
 pub mod daemon;
 pub mod extract;
+pub mod handshakes;
 pub mod listen;
 pub mod logging;
 pub mod metrics;

@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,9 +19,11 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use log::{debug, info, warn};
+use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, watch};
 
+use crate::handshakes::Handshakes;
 use crate::listen::SocketFile;
 use crate::problem::Problem;
 use crate::tls::TlsListener;
@@ -37,8 +40,12 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(75);
 /// How long requests under way may take when the daemon ends.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// A TLS handshake is over within this.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A TLS handshake is over within this, and its client served.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What was sent to a client by TCP, and not acknowledged for so long, shows that it is gone: it holds its
+/// connection no longer.
+const GONE: Duration = Duration::from_secs(60);
 
 /// How long nothing is accepted after the kernel has refused to, such as for want of descriptors.
 /// The listener stays readable meanwhile, and nothing tells that there are descriptors again.
@@ -200,29 +207,38 @@ pub async fn serve(socket: SocketFile, router: Router, shutdown: Shutdown) {
     connections.end().await;
 }
 
-/// Serves hosts that show a certificate, until the shutdown.
+/// Serves hosts that show a certificate, until the shutdown. Those that have not shown one yet are in
+/// nobody's way: they have places of their own, and not for long.
 pub async fn serve_tls(listener: TlsListener, router: Router, shutdown: Shutdown) {
     let connections = Arc::new(Connections::new(router, shutdown.clone()));
+    let handshakes = Handshakes::default();
     loop {
-        let slot = tokio::select! {
-            slot = connections.slot() => slot,
-            () = shutdown.clone().requested() => break,
-        };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = shutdown.clone().requested() => break,
         };
         match accepted {
             Ok((stream, address)) => {
+                let _ = set_tcp_user_timeout(&stream, GONE.as_millis() as u32);
                 let (connections, acceptor) = (connections.clone(), listener.acceptor());
+                let mut handshake = handshakes.begin(address.ip());
                 tokio::spawn(async move {
-                    let shaken = acceptor.accept(stream);
-                    match tokio::time::timeout(HANDSHAKE_TIMEOUT, shaken).await {
-                        Ok(Ok(stream)) => {
-                            connections.start(stream, Peer::Remote { address }, slot);
+                    // Only who is known takes a place of those that are served.
+                    let shaken = async {
+                        let stream = acceptor.accept(stream).await?;
+                        Ok::<_, io::Error>((stream, connections.slot().await))
+                    };
+                    tokio::select! {
+                        shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, shaken) => match shaken {
+                            Ok(Ok((stream, slot))) => {
+                                connections.start(stream, Peer::Remote { address }, slot);
+                            }
+                            Ok(Err(error)) => warn!("{address} is refused: {error}"),
+                            Err(_elapsed) => debug!("{address} is not served: it was too slow, or {MAX_CONNECTIONS} others are"),
+                        },
+                        () = handshake.displaced() => {
+                            debug!("{address} is too slow while many others come");
                         }
-                        Ok(Err(error)) => warn!("{address} is refused: {error}"),
-                        Err(_elapsed) => debug!("{address} has not shown a certificate in time"),
                     }
                 });
             }

@@ -5,10 +5,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::routing::get;
-use farbus_rest::server::{self, Shutdown, Trigger};
+use farbus_rest::handshakes::MAX_HANDSHAKES;
+use farbus_rest::server::{self, MAX_CONNECTIONS, Shutdown, Trigger};
 use farbus_rest::tls::{Files, TlsError, TlsListener};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -182,6 +184,27 @@ async fn client_without_tls_hears_nothing_of_use() {
     // The connection is closed, in whatever way.
     let _ = stream.read_to_end(&mut answer).await;
     assert!(!answer.windows(5).any(|window| window == b"hello"));
+}
+
+#[tokio::test]
+async fn clients_that_show_nothing_are_in_nobodys_way() {
+    let (directory, authority) = (Directory::new("silent"), Authority::new());
+    let (address, _trigger) = serve(&directory.files(&authority)).await;
+    let mut silent = Vec::new();
+    for _ in 0..MAX_CONNECTIONS + MAX_HANDSHAKES {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+
+    let begun = Instant::now();
+    let answer = ask(address, &authority, Some(&authority.sign("client"))).await;
+
+    assert!(answer.unwrap().ends_with("hello"));
+    println!("answered after {:?}", begun.elapsed());
+    // All but the last few have been put out for others, and these in time.
+    for (number, stream) in silent.iter_mut().enumerate() {
+        let end = tokio::time::timeout(Duration::from_secs(60), stream.read_u8()).await;
+        assert!(end.unwrap().is_err(), "connection {number} is not closed");
+    }
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 mod doctor;
 mod export;
 mod list;
+mod reload;
 mod serve;
 mod specs;
 mod table;
@@ -19,6 +20,7 @@ use log::{LevelFilter, error};
 use doctor::DoctorArgs;
 use export::ExportArgs;
 use list::ListArgs;
+use reload::ReloadArgs;
 use serve::ServeArgs;
 
 const EXIT_CODES: &str = "\
@@ -52,6 +54,9 @@ enum Command {
     /// Exports what a configuration file says, in the foreground, until SIGTERM.
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", serve::EXAMPLES))]
     Serve(Box<ServeArgs>),
+    /// Has the running service read its configuration again, and waits until that is done.
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", reload::NOTES))]
+    Reload(ReloadArgs),
     /// Lists the PCI functions of this host, and what keeps them from being exported.
     #[command(after_help = list::NOTES)]
     List(ListArgs),
@@ -105,6 +110,7 @@ impl Cli {
         match &self.command {
             Command::Export(args) => export::run(args, host, out),
             Command::Serve(args) => serve::run(args, host, out),
+            Command::Reload(args) => reload::run(args, out),
             Command::List(args) => list::run(args, host, out),
             Command::Doctor(args) => doctor::run(args, host, out),
             Command::Man { directory } => {

@@ -13,6 +13,12 @@ use crate::scratch::Scratch;
 /// What every host has beyond a minimal tree.
 const PACKAGES: [&str; 1] = ["systemd"];
 
+/// Lists every file and directory of a Debian but those that change whenever packages are installed: dpkg's own,
+/// the backups of the lists of accounts, logs, and what systemd leaves.
+pub const FILES: &str = "find / /run -xdev ! -path '/proc/*' ! -path '/tmp/*' ! -path '/root/*' \
+    ! -path '/var/tmp/*' ! -path '/var/lib/dpkg/*' ! -path '/var/lib/systemd/*' ! -path '/var/log/*' \
+    ! -path '/etc/*-' ! -path /etc/.pwd.lock ! -path '/run/systemd*' ! -path '/run/job*' | sort -u";
+
 /// A copy of a fresh tree, gone with the test. To be changed as root, in a chroot.
 #[derive(Debug)]
 pub struct DebianTree {
@@ -93,17 +99,12 @@ impl DebianTree {
         Ok(String::from_utf8_lossy(&output).into_owned())
     }
 
-    /// Every file and directory in it but those that change whenever packages are installed: dpkg's own,
-    /// the backups of the lists of accounts, and what `systemd-analyze` leaves.
+    /// Every file and directory in it, as [`FILES`] lists them.
     ///
     /// # Errors
     /// When it cannot be read.
     pub fn files(&self) -> Result<Vec<String>> {
-        let found = self.run(
-            "find / -xdev ! -path '/proc/*' ! -path '/tmp/*' ! -path '/var/lib/dpkg/*' \
-             ! -path '/var/log/*' ! -path '/etc/*-' ! -path /etc/.pwd.lock \
-             ! -path '/run/systemd*' | sort",
-        )?;
+        let found = self.run(FILES)?;
         Ok(found.lines().map(Into::into).collect())
     }
 }

@@ -1,6 +1,8 @@
 //! The configuration changes while claims go on.
 
 use farbus_fabric::wire::ListedState;
+use farbus_integration::daemon::Daemon;
+use farbus_integration::deadline::Deadline;
 use farbus_integration::process::Kill;
 
 use super::bed::*;
@@ -102,6 +104,44 @@ fn a_broken_file_changes_nothing_and_says_why() {
     service.server.check_running().unwrap();
     assert!(service.claim("a", "still there").is_ok());
     service.server.terminate().unwrap();
+}
+
+#[test]
+fn the_reload_command_ends_when_it_is_done_and_tells_what_came_of_it() {
+    let service = Service::start("command", "", &memory("a"));
+    let config = service.scratch.join("config.toml").display().to_string();
+    let reload = |more: &[&str]| {
+        let arguments = [&["reload", "--config", &config], more].concat();
+        let ended = Daemon::run("farbus-device-server", &arguments, Deadline::secs(30)).unwrap();
+        (ended.status.code(), ended.stdout, ended.stderr)
+    };
+
+    service.configure(&memory("b"));
+    let done = reload(&[]);
+    assert_eq!(
+        (done.0, done.1.as_str()),
+        (Some(0), "added: b\nremoved: a"),
+        "{done:?}"
+    );
+    // At once: nobody has to wait for it.
+    let names: Vec<String> = service.list().iter().map(|e| e.name.to_string()).collect();
+    assert_eq!(names, ["b"]);
+    assert_eq!(reload(&[]).1, "nothing has changed");
+
+    service.configure("[[export]]\nname = \"c\"\nsoft-nvme = { size = \"1GB\" }\n");
+    let socket = service.socket().display().to_string();
+    // Whoever finds that the file is wrong, this or the service.
+    for more in [&[][..], &["--admin-socket", &socket]] {
+        let (code, _, stderr) = reload(more);
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(stderr.contains("config.toml:7:"), "{stderr}");
+    }
+
+    service.configure(&memory("b"));
+    service.server.terminate().unwrap();
+    let (code, _, stderr) = reload(&[]);
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(stderr.contains("admin.sock"), "{stderr}");
 }
 
 #[test]

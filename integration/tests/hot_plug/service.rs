@@ -223,6 +223,35 @@ fn guest_that_ignores_the_call_keeps_its_drive_until_it_is_taken_by_force() -> T
 }
 
 #[test]
+fn worker_that_dies_while_its_guest_is_asked_to_let_go_is_replaced() -> TestResult {
+    let cloud = Cloud::nvme("letting")?;
+    cloud.attach()?;
+    cloud.io(1)?;
+    // It will not let go before it is told to go on.
+    cloud.machine.qmp().execute("stop", &json!({}))?;
+    let path = format!("/v1/attachments/{ID}");
+    let asked = cloud.service.ask(Method::DELETE, &path, None)?;
+    assert_eq!(asked.status, 202, "{:?}", asked.body);
+    let worker = cloud.service.workers()[0];
+
+    kill_process(Pid::from_raw(worker.try_into()?).unwrap(), Signal::KILL)?;
+
+    let deadline = Deadline::secs(20);
+    while !cloud.service.workers().iter().any(|now| *now != worker) {
+        assert!(!deadline.has_passed(), "there is no other worker");
+        std::thread::yield_now();
+    }
+    cloud.machine.qmp().execute("cont", &json!({}))?;
+    assert_eq!(cloud.detach(false)?.state, AttachmentState::Detached);
+    cloud.is_gone()?;
+    assert!(cloud.service.workers().is_empty());
+    cloud.attach()?;
+    cloud.io(2)?;
+    cloud.detach(false)?;
+    cloud.end()
+}
+
+#[test]
 fn daemon_killed_while_it_plugs_or_unplugs_leaves_nothing_half_plugged() -> TestResult {
     let mut cloud = Cloud::nvme("halfway")?;
     let before = objects(&cloud.machine)?;

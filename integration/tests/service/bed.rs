@@ -22,7 +22,8 @@ pub(crate) struct Bed {
     pub(crate) service: Service,
     pub(crate) server: Option<Daemon>,
     pub(crate) address: String,
-    drives: usize,
+    /// How many the next device server has.
+    pub(crate) drives: usize,
     pub(crate) scratch: Scratch,
 }
 

@@ -6,8 +6,11 @@
 mod bed;
 mod both;
 mod crash;
+mod crowd;
 mod endurance;
+mod hopeless;
 mod impostor;
+mod leaving;
 mod life;
 mod load;
 mod manager;

@@ -47,9 +47,9 @@ impl Owner {
             match self.launch(&device).await {
                 Launched::Ready => break,
                 Launched::Unwanted => return self.enter(Phase::Detaching { force: true }).await,
-                Launched::Refused(StartError::Refused { error, busy: true })
-                    if self.record.spec.selector.is_some() =>
-                {
+                Launched::Refused(StartError::Refused {
+                    error, busy: true, ..
+                }) if self.record.spec.selector.is_some() => {
                     info!(
                         "attachment {}: {error}; another one is tried",
                         self.record.id
@@ -127,9 +127,10 @@ impl Owner {
                 Err(_elapsed) => Launched::Refused(StartError::Refused {
                     error: format!("the worker was not ready after {patience:?}"),
                     busy: false,
+                    permanent: false,
                 }),
             },
-            _force = self.detach_wanted() => Launched::Unwanted,
+            _force = self.unwanted() => Launched::Unwanted,
         };
         let worker = starting.into_worker();
         self.context.chooser.has_changed(device);

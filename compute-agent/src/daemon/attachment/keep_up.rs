@@ -20,6 +20,10 @@ const STABLE: Duration = Duration::from_secs(60);
 /// So many workers in a row that die at once are a fault of ours, which more of them would not mend.
 const MAX_DEATHS: u32 = 8;
 
+/// So many times in a row one is tried that says itself that the next will not do better: an operator may be in the
+/// middle of a change. This takes some ten seconds.
+const MAX_REFUSALS: u32 = 8;
+
 /// How the workers of an attachment have died lately.
 struct Deaths {
     count: u32,
@@ -106,7 +110,7 @@ impl Owner {
     /// Starts another worker in place of one that has died. Whether the attachment is to be watched on.
     async fn replace(&mut self, deaths: &mut Deaths, lost: String) -> bool {
         warn!("attachment {}: {lost}", self.record.id);
-        let mut failures = 0;
+        let (mut failures, mut refusals) = (0, 0);
         let Some(mut wait) = deaths.another() else {
             let times = deaths.count;
             self.fail(format!("{lost}, {times} times in a row")).await;
@@ -150,7 +154,20 @@ impl Owner {
                 Launched::Refused(error) => error,
             };
             // A device server may be away for long; a program that ends by itself will not get better.
-            if !matches!(error, StartError::Refused { .. }) && failures >= MAX_DEATHS {
+            let hopeless = match error {
+                StartError::Refused {
+                    permanent: true, ..
+                } => {
+                    refusals += 1;
+                    refusals >= MAX_REFUSALS
+                }
+                StartError::Refused { .. } => {
+                    refusals = 0;
+                    false
+                }
+                StartError::Spawn(_) | StartError::Ended { .. } => failures >= MAX_DEATHS,
+            };
+            if hopeless {
                 self.fail(format!("{lost}, and cannot be replaced: {error}"))
                     .await;
                 return false;

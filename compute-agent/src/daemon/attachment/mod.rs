@@ -31,7 +31,7 @@ use super::metrics::Counts;
 use super::process::{Launcher, Worker};
 use super::store::{Phase, Record, Store};
 use crate::api::{Attachment, AttachmentSpec, AttachmentState, WorkerStatus};
-use crate::hotplug::HotplugError;
+use crate::hotplug::{HotplugError, Unplugged};
 
 /// What all attachments share.
 pub struct Context {
@@ -222,6 +222,17 @@ impl Owner {
         matches!(wanted.as_deref(), Ok(Wish::Detach { force: true }))
     }
 
+    /// Waits until what is being done is not wanted any more: a start, when it is to be taken away; what eases taking
+    /// it away, when that is to be by force.
+    async fn unwanted(&mut self) {
+        if !matches!(self.record.phase, Phase::Detaching { .. }) {
+            self.detach_wanted().await;
+            return;
+        }
+        let force = Wish::Detach { force: true };
+        let _ = self.wish.wait_for(|wish| *wish == force).await;
+    }
+
     /// Goes on to a phase: remembers it, and tells.
     async fn enter(&mut self, phase: Phase) {
         self.record.phase = phase;
@@ -324,29 +335,31 @@ impl Owner {
         }
     }
 
-    async fn unplug(
+    fn unplug(
         &self,
         deadline: Duration,
         force: bool,
-    ) -> Result<crate::hotplug::Unplugged, HotplugError> {
+    ) -> impl Future<Output = Result<Unplugged, HotplugError>> + use<> {
         let vm = self.record.spec.vm.clone();
         let id = self.record.id.clone();
         self.blocking(move |hot_plug| hot_plug.unplug(&vm, id.as_str(), deadline, force))
-            .await
     }
 
-    /// Talks to the VMM, which may take its time, on a thread that may wait.
-    async fn blocking<T: Send + 'static>(
+    /// Talks to the VMM, which may take its time, on a thread that may wait. That begins at once.
+    fn blocking<T: Send + 'static, A>(
         &self,
-        ask: impl FnOnce(&dyn HotPlug) -> Result<T, HotplugError> + Send + 'static,
-    ) -> Result<T, HotplugError> {
-        let hot_plug = self.context.hot_plug.clone();
-        match spawn_blocking(move || ask(&*hot_plug)).await {
-            Ok(done) => done,
-            Err(error) => {
-                error!("attachment {}: {error}", self.record.id);
+        ask: A,
+    ) -> impl Future<Output = Result<T, HotplugError>> + use<T, A>
+    where
+        A: FnOnce(&dyn HotPlug) -> Result<T, HotplugError> + Send + 'static,
+    {
+        let (hot_plug, id) = (self.context.hot_plug.clone(), self.record.id.clone());
+        let asked = spawn_blocking(move || ask(&*hot_plug));
+        async move {
+            asked.await.unwrap_or_else(|error| {
+                error!("attachment {id}: {error}");
                 Err(HotplugError::NoVm)
-            }
+            })
         }
     }
 }

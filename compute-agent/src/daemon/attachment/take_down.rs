@@ -7,8 +7,11 @@ use std::time::{Duration, Instant};
 use log::{error, warn};
 use tokio::task::spawn_blocking;
 
+use super::super::process::Worker;
 use super::super::store::Phase;
+use super::bring_up::Launched;
 use super::{Owner, Wish};
+use crate::api::EndpointSpec;
 use crate::hotplug::HotplugError;
 
 /// How long a guest may take to let go.
@@ -20,6 +23,9 @@ const PATIENCE_WITH_THE_DEAD: Duration = Duration::from_secs(5);
 
 /// How long a VMM is waited for at a time: then the wish may have become one by force.
 const SLICE: Duration = Duration::from_secs(2);
+
+/// So many workers that die meanwhile are replaced.
+const MAX_SUCCESSORS: u32 = 3;
 
 /// How long a VMM may take when nobody asks the guest.
 pub(super) const FORCE_PATIENCE: Duration = Duration::from_secs(1);
@@ -49,9 +55,25 @@ impl Owner {
 
     async fn ask_the_vm(&mut self, mut force: bool) -> Result<(), HotplugError> {
         let begun = Instant::now();
+        let mut successors = 0;
+        // It may have died with the daemon before this one.
+        if !force && self.worker.is_none() && self.context.custody.can_resume(&self.record.id) {
+            self.succeed(successors).await;
+        }
         loop {
             let slice = if force { FORCE_PATIENCE } else { SLICE };
-            let error = match self.unplug(slice, force).await {
+            let unplug = self.unplug(slice, force);
+            tokio::pin!(unplug);
+            let done = loop {
+                tokio::select! {
+                    done = &mut unplug => break done,
+                    () = gone(self.worker.as_ref()), if !force => {
+                        successors += 1;
+                        self.succeed(successors).await;
+                    }
+                }
+            };
+            let error = match done {
                 Ok(_) => return Ok(()),
                 Err(error) if error.is_vmm_gone() => return Ok(()),
                 Err(error) if force => {
@@ -84,6 +106,35 @@ impl Owner {
         }
     }
 
+    /// The worker has died while the guest is asked to let go. A driver that does so has things to write and
+    /// registers to read first: another worker goes on, if one can. If not, what is kept is let go of, so that
+    /// the device reads as one that was pulled out, and nobody waits for it.
+    async fn succeed(&mut self, count: u32) {
+        let id = self.record.id.clone();
+        let lost = match self.worker.take() {
+            Some(mut worker) => {
+                let fate = worker.fate().await;
+                self.context.custody.worker_died(&id);
+                format!("its worker has ended with {fate}")
+            }
+            None => "its worker was gone when this daemon came".to_owned(),
+        };
+        warn!("attachment {id}: {lost}, and the VM has not let go yet");
+        let comes_back = matches!(self.record.spec.endpoint, EndpointSpec::VhostUserBlk { .. });
+        let can = comes_back || self.context.custody.can_resume(&id);
+        if let (Some(device), true) = (self.record.device.clone(), can && count <= MAX_SUCCESSORS) {
+            self.record.restarts += 1;
+            self.context.counts.worker_restarts.inc();
+            match self.launch(&device).await {
+                Launched::Ready => return self.publish(),
+                Launched::Unwanted => {}
+                Launched::Refused(error) => warn!("attachment {id}: no other worker: {error}"),
+            }
+        }
+        self.end_worker().await;
+        self.publish();
+    }
+
     /// The guest keeps it: it is attached as before, unless somebody takes it by force by now.
     async fn give_back(&mut self, reason: String) {
         let kept = self.wishes.send_if_modified(|wish| {
@@ -99,5 +150,13 @@ impl Owner {
         } else {
             self.enter(Phase::Detaching { force: true }).await;
         }
+    }
+}
+
+/// Waits for the end of a worker, if there is one.
+async fn gone(worker: Option<&Worker>) {
+    match worker {
+        Some(worker) => worker.ended().await,
+        None => std::future::pending().await,
     }
 }

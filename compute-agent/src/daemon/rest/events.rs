@@ -24,6 +24,10 @@ const ON_THE_WAY: usize = 16;
 /// stream lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
+/// Streams at a time, of all clients together: each has its connection to itself, and those are
+/// needed for requests, too.
+pub(super) const MAX_STREAMS: usize = 64;
+
 /// What happens to attachments, from now on, or from after the event that `Last-Event-ID` names. Events
 /// are named `attachment`, their ids are sequence numbers, their data is JSON (`Event`).
 #[utoipa::path(
@@ -34,6 +38,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
     responses(
         (status = 200, description = "Events, without end", body = api::Event, content_type = "text/event-stream"),
         (status = 400, description = "Last-Event-ID is no number", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "So many streams are open already that no more are served", body = Problem, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn stream(
@@ -55,8 +60,20 @@ pub(super) async fn stream(
         }
         None => *state.registry.context().events.newest().borrow(),
     };
+    let place = state.streams.clone().try_acquire_owned().map_err(|_| {
+        Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "too-many-event-streams",
+            "There are too many event streams",
+            format!("{MAX_STREAMS} are open"),
+        )
+        .with_remedy("end some, or ask for what is wanted to be known with GET /v1/attachments")
+    })?;
     let (sender, receiver) = mpsc::channel(ON_THE_WAY);
-    tokio::spawn(forward(state.registry, state.shutdown, last, sender));
+    tokio::spawn(async move {
+        forward(state.registry, state.shutdown, last, sender).await;
+        drop(place);
+    });
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     Ok(Sse::new(ReceiverStream::new(receiver)).keep_alive(keep_alive))
 }

@@ -15,6 +15,7 @@ use axum::routing::get;
 use farbus_rest::metrics::HttpMetrics;
 use farbus_rest::server::{self, Shutdown};
 use prometheus_client::registry::Registry as Metrics;
+use tokio::sync::Semaphore;
 
 pub use openapi::document;
 
@@ -27,6 +28,8 @@ pub(super) struct State {
     registry: Arc<Registry>,
     metrics: Arc<Metrics>,
     shutdown: Shutdown,
+    /// Places for event streams.
+    streams: Arc<Semaphore>,
 }
 
 /// The whole interface.
@@ -40,6 +43,7 @@ pub fn router(registry: &Arc<Registry>, shutdown: Shutdown) -> Router {
         registry: registry.clone(),
         metrics: Arc::new(metrics),
         shutdown,
+        streams: Arc::new(Semaphore::new(events::MAX_STREAMS)),
     };
     let one = get(attachments::get)
         .put(attachments::put)

@@ -1,0 +1,122 @@
+//! Attachments whose worker cannot be replaced: they fail, and say why and what helps, where another try would
+//! meet the same.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+
+use farbus_compute_agent::api::{Attachment, AttachmentState};
+use farbus_integration::deadline::Deadline;
+use farbus_integration::report::TestResult;
+use farbus_integration::service::Service;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use crate::bed::{Bed, prove, vfio_user};
+
+/// What the memory of a controller's state begins with (`shadow-mem/src/nvme/record.rs`); then comes its
+/// version.
+const MAGIC: &[u8; 8] = b"farbusC1";
+
+pub(crate) fn kill(worker: u32) {
+    kill_process(
+        Pid::from_raw(worker.try_into().unwrap()).unwrap(),
+        Signal::KILL,
+    )
+    .unwrap();
+}
+
+/// Makes what the daemon keeps of its only attachment's controller one of a version that nobody knows.
+pub(crate) fn make_record_unreadable(service: &Service) {
+    let daemon = service.daemon().unwrap().pid();
+    let open = fs::read_dir(format!("/proc/{daemon}/fd")).unwrap();
+    let mut found = 0;
+    for fd in open.flatten() {
+        let name = fs::read_link(fd.path()).unwrap_or_default();
+        if !name.to_string_lossy().starts_with("/memfd:") {
+            continue;
+        }
+        let memory = File::options()
+            .read(true)
+            .write(true)
+            .open(fd.path())
+            .unwrap();
+        let mut begin = [0; 8];
+        let is_record = memory.read_exact_at(&mut begin, 0).is_ok() && &begin == MAGIC;
+        if is_record {
+            memory.write_all_at(&99u64.to_le_bytes(), 8).unwrap();
+            found += 1;
+        }
+    }
+    assert_eq!(found, 1, "records of controllers");
+}
+
+/// Waits until it has failed; it can be deleted then, and leaves nothing.
+fn fails(service: &Service) -> Attachment {
+    let deadline = Deadline::secs(60);
+    service
+        .wait_state("vm1", AttachmentState::Failed, deadline)
+        .unwrap();
+    let failed = service.attachment("vm1").unwrap().unwrap();
+    assert!(service.workers().is_empty());
+    service.detach("vm1", false).unwrap();
+    assert_eq!(service.attachment("vm1").unwrap(), None);
+    assert_eq!(service.remains(), Vec::<std::path::PathBuf>::new());
+    failed
+}
+
+#[test]
+fn attachment_whose_record_no_worker_can_read_fails_and_can_be_made_again() -> TestResult {
+    let bed = Bed::new("record", 1)?;
+    let service = &bed.service;
+    let first = service.attach("vm1", &vfio_user("rack1/d0"))?;
+    prove(&first, 1);
+
+    make_record_unreadable(service);
+    kill(first.worker.unwrap().pid);
+
+    let reason = fails(service).reason.unwrap();
+    for word in ["cannot be replaced", "version", "delete the attachment"] {
+        assert!(reason.contains(word), "{word:?} is not in {reason}");
+    }
+    prove(&service.attach("vm1", &vfio_user("rack1/d0"))?, 2);
+    Ok(())
+}
+
+#[test]
+fn attachment_whose_export_is_gone_for_good_fails_when_its_worker_dies() -> TestResult {
+    let mut bed = Bed::new("export", 2)?;
+    let spec = json!({"device": "rack1/d1", "endpoint": {"kind": "vhost-user-blk"}});
+    let first = bed.service.attach("vm1", &spec)?;
+    bed.kill_server()?;
+    bed.drives = 1;
+    bed.restart_server()?;
+
+    kill(first.worker.unwrap().pid);
+
+    let reason = fails(&bed.service).reason.unwrap();
+    assert!(reason.contains("cannot be replaced"), "{reason}");
+    assert!(reason.contains("unknown export"), "{reason}");
+    Ok(())
+}
+
+#[test]
+fn attachment_whose_device_server_is_away_is_not_given_up() -> TestResult {
+    let mut bed = Bed::new("away", 1)?;
+    let spec = json!({"device": "rack1/d0", "endpoint": {"kind": "vhost-user-blk"}});
+    let first = bed.service.attach("vm1", &spec)?;
+    let mut events = bed.service.events(0)?;
+    bed.kill_server()?;
+
+    kill(first.worker.unwrap().pid);
+
+    let tried = |event: &farbus_integration::service::Event| {
+        let reason = event.reason.as_deref().unwrap_or_default();
+        reason.contains("cannot be had yet")
+    };
+    bed.service.until(&mut events, Deadline::secs(60), tried)?;
+    bed.restart_server()?;
+    let deadline = Deadline::secs(60);
+    bed.service
+        .wait_state("vm1", AttachmentState::Ready, deadline)?;
+    Ok(())
+}
