@@ -218,14 +218,6 @@ impl Failure {
         let mut causes = self.1.chain();
         causes.any(|cause| cause.downcast_ref().is_some_and(FabricError::is_busy))
     }
-
-    /// Whether another worker would meet the same.
-    fn is_permanent(&self) -> bool {
-        self.1.chain().any(|cause| {
-            let refused = cause.downcast_ref().is_some_and(FabricError::is_final);
-            refused || cause.is::<NotTakenUp>()
-        })
-    }
 }
 
 impl Cli {
@@ -494,12 +486,7 @@ fn make_directory(socket: &Path) -> anyhow::Result<()> {
 fn refuse(args: &AttachArgs, failure: &Failure) {
     if args.json {
         let error = format!("{:#}", failure.1);
-        let line = serde_json::json!({
-            "ready": false,
-            "error": error,
-            "busy": failure.is_busy(),
-            "permanent": failure.is_permanent(),
-        });
+        let line = serde_json::json!({"ready": false, "error": error, "busy": failure.is_busy()});
         // Whoever does not listen finds it in the log.
         let _ = writeln!(io::stdout(), "{line}");
     }

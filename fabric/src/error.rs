@@ -148,16 +148,6 @@ impl FabricError {
         matches!(self, FabricError::Refused { code, .. } if *code == busy)
     }
 
-    /// Whether the peer, which was there, will say the same to whoever asks, until an operator changes
-    /// something on one of the two sides.
-    pub fn is_final(&self) -> bool {
-        let said = matches!(
-            self,
-            FabricError::Refused { .. } | FabricError::TooOld { .. } | FabricError::Malformed(_)
-        );
-        said && !self.should_reconnect()
-    }
-
     /// Whether a new connection to the same peer may succeed where this one failed.
     ///
     /// True for what a network, a restart or another claimant can cause and time can heal.
@@ -272,15 +262,6 @@ mod tests {
         ] {
             assert!(!error.should_reconnect(), "{error}");
         }
-    }
-
-    #[test]
-    fn what_the_peer_has_said_for_good_is_final_and_a_fault_of_this_host_is_not() {
-        assert!(refused(RefusalCode::UnknownExport).is_final());
-        assert!(refused(RefusalCode::Version).is_final());
-        assert!(!refused(RefusalCode::Busy).is_final());
-        assert!(!io_error(io::ErrorKind::PermissionDenied).is_final());
-        assert!(!FabricError::Closed.is_final());
     }
 
     #[test]

@@ -146,8 +146,6 @@ struct Announcement {
     error: Option<String>,
     #[serde(default)]
     busy: bool,
-    #[serde(default)]
-    permanent: bool,
 }
 
 /// Why a worker was not to be had.
@@ -163,8 +161,6 @@ pub enum StartError {
         error: String,
         /// Somebody else has the device; another one may do.
         busy: bool,
-        /// Another worker would meet the same, until an operator changes something.
-        permanent: bool,
     },
     /// It does not say why.
     #[error("the worker has ended with {status} before it was ready; the log has more")]
@@ -254,15 +250,9 @@ impl Starting {
         let said = said.and_then(|line| serde_json::from_str::<Announcement>(&line).ok());
         match said {
             Some(Announcement { ready: true, .. }) => Ok(()),
-            Some(Announcement {
-                error,
-                busy,
-                permanent,
-                ..
-            }) => Err(StartError::Refused {
+            Some(Announcement { error, busy, .. }) => Err(StartError::Refused {
                 error: error.unwrap_or_else(|| "the worker does not say why".into()),
                 busy,
-                permanent,
             }),
             None => {
                 self.worker.ended().await;

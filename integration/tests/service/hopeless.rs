@@ -1,13 +1,13 @@
-//! Attachments whose worker cannot be replaced: they fail, and say why and what helps, where another try would
-//! meet the same.
+//! Attachments whose worker cannot be replaced: they are degraded, say why and what helps, and are not given
+//! up, since a VM would lose its device; when the cause is gone, they go on.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
-use farbus_compute_agent::api::{Attachment, AttachmentState};
+use farbus_compute_agent::api::AttachmentState;
 use farbus_integration::deadline::Deadline;
 use farbus_integration::report::TestResult;
-use farbus_integration::service::Service;
+use farbus_integration::service::{Event, Service};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -50,22 +50,27 @@ pub(crate) fn make_record_unreadable(service: &Service) {
     assert_eq!(found, 1, "records of controllers");
 }
 
-/// Waits until it has failed; it can be deleted then, and leaves nothing.
-fn fails(service: &Service) -> Attachment {
-    let deadline = Deadline::secs(60);
-    service
-        .wait_state("vm1", AttachmentState::Failed, deadline)
+/// Waits until it says that its worker cannot be replaced yet; why.
+fn says_why(service: &Service) -> String {
+    let mut events = service.events(0).unwrap();
+    let tried = |event: &Event| {
+        let reason = event.reason.as_deref().unwrap_or_default();
+        reason.contains("cannot be had yet")
+    };
+    let told = service
+        .until(&mut events, Deadline::secs(60), tried)
         .unwrap();
-    let failed = service.attachment("vm1").unwrap().unwrap();
-    assert!(service.workers().is_empty());
-    service.detach("vm1", false).unwrap();
-    assert_eq!(service.attachment("vm1").unwrap(), None);
-    assert_eq!(service.remains(), Vec::<std::path::PathBuf>::new());
-    failed
+    told.last().unwrap().reason.clone().unwrap()
+}
+
+fn is_ready_again(service: &Service) -> TestResult {
+    let deadline = Deadline::secs(60);
+    service.wait_state("vm1", AttachmentState::Ready, deadline)?;
+    Ok(())
 }
 
 #[test]
-fn attachment_whose_record_no_worker_can_read_fails_and_can_be_made_again() -> TestResult {
+fn attachment_whose_record_no_worker_can_read_says_so_until_it_is_made_again() -> TestResult {
     let bed = Bed::new("record", 1)?;
     let service = &bed.service;
     let first = service.attach("vm1", &vfio_user("rack1/d0"))?;
@@ -74,16 +79,20 @@ fn attachment_whose_record_no_worker_can_read_fails_and_can_be_made_again() -> T
     make_record_unreadable(service);
     kill(first.worker.unwrap().pid);
 
-    let reason = fails(service).reason.unwrap();
-    for word in ["cannot be replaced", "version", "delete the attachment"] {
+    let reason = says_why(service);
+    for word in ["version", "delete the attachment"] {
         assert!(reason.contains(word), "{word:?} is not in {reason}");
     }
+    service.detach("vm1", false)?;
+    assert_eq!(service.attachment("vm1")?, None);
+    assert!(service.workers().is_empty());
+    assert_eq!(service.remains(), Vec::<std::path::PathBuf>::new());
     prove(&service.attach("vm1", &vfio_user("rack1/d0"))?, 2);
     Ok(())
 }
 
 #[test]
-fn attachment_whose_export_is_gone_for_good_fails_when_its_worker_dies() -> TestResult {
+fn attachment_whose_export_is_gone_goes_on_when_it_is_back() -> TestResult {
     let mut bed = Bed::new("export", 2)?;
     let spec = json!({"device": "rack1/d1", "endpoint": {"kind": "vhost-user-blk"}});
     let first = bed.service.attach("vm1", &spec)?;
@@ -93,30 +102,24 @@ fn attachment_whose_export_is_gone_for_good_fails_when_its_worker_dies() -> Test
 
     kill(first.worker.unwrap().pid);
 
-    let reason = fails(&bed.service).reason.unwrap();
-    assert!(reason.contains("cannot be replaced"), "{reason}");
+    let reason = says_why(&bed.service);
     assert!(reason.contains("unknown export"), "{reason}");
-    Ok(())
+    bed.kill_server()?;
+    bed.drives = 2;
+    bed.restart_server()?;
+    is_ready_again(&bed.service)
 }
 
 #[test]
-fn attachment_whose_device_server_is_away_is_not_given_up() -> TestResult {
+fn attachment_whose_device_server_is_away_goes_on_when_it_is_back() -> TestResult {
     let mut bed = Bed::new("away", 1)?;
     let spec = json!({"device": "rack1/d0", "endpoint": {"kind": "vhost-user-blk"}});
     let first = bed.service.attach("vm1", &spec)?;
-    let mut events = bed.service.events(0)?;
     bed.kill_server()?;
 
     kill(first.worker.unwrap().pid);
 
-    let tried = |event: &farbus_integration::service::Event| {
-        let reason = event.reason.as_deref().unwrap_or_default();
-        reason.contains("cannot be had yet")
-    };
-    bed.service.until(&mut events, Deadline::secs(60), tried)?;
+    says_why(&bed.service);
     bed.restart_server()?;
-    let deadline = Deadline::secs(60);
-    bed.service
-        .wait_state("vm1", AttachmentState::Ready, deadline)?;
-    Ok(())
+    is_ready_again(&bed.service)
 }

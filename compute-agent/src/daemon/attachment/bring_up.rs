@@ -47,9 +47,9 @@ impl Owner {
             match self.launch(&device).await {
                 Launched::Ready => break,
                 Launched::Unwanted => return self.enter(Phase::Detaching { force: true }).await,
-                Launched::Refused(StartError::Refused {
-                    error, busy: true, ..
-                }) if self.record.spec.selector.is_some() => {
+                Launched::Refused(StartError::Refused { error, busy: true })
+                    if self.record.spec.selector.is_some() =>
+                {
                     info!(
                         "attachment {}: {error}; another one is tried",
                         self.record.id
@@ -127,7 +127,6 @@ impl Owner {
                 Err(_elapsed) => Launched::Refused(StartError::Refused {
                     error: format!("the worker was not ready after {patience:?}"),
                     busy: false,
-                    permanent: false,
                 }),
             },
             _force = self.unwanted() => Launched::Unwanted,

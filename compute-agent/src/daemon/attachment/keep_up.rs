@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use log::warn;
 use tokio::sync::watch;
 
-use super::super::process::StartError;
 use super::super::store::Phase;
 use super::Owner;
 use super::bring_up::Launched;
@@ -16,14 +15,7 @@ const MIN_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 /// A worker that has lived this long was a good one.
-const STABLE: Duration = Duration::from_secs(60);
-/// So many workers in a row that die at once are a fault of ours, which more of them would not mend.
-const MAX_DEATHS: u32 = 8;
-
-/// So many times in a row one is tried that says itself that the next will not do better: an operator may be in the
-/// middle of a change. This takes some ten seconds.
-const MAX_REFUSALS: u32 = 8;
-
+const STABLE: Duration = Duration::from_secs(10);
 /// How the workers of an attachment have died lately.
 struct Deaths {
     count: u32,
@@ -31,13 +23,13 @@ struct Deaths {
 }
 
 impl Deaths {
-    /// One more; how long to wait before the next one, or `None` if there is to be none.
-    fn another(&mut self) -> Option<Duration> {
+    /// One more; how long to wait before the next one.
+    fn another(&mut self) -> Duration {
         if self.started.elapsed() > STABLE {
             self.count = 0;
         }
-        self.count += 1;
-        (self.count <= MAX_DEATHS).then(|| pause(self.count - 1))
+        self.count = self.count.saturating_add(1);
+        pause(self.count - 1)
     }
 }
 
@@ -107,16 +99,19 @@ impl Owner {
         }
     }
 
-    /// Starts another worker in place of one that has died. Whether the attachment is to be watched on.
+    /// Starts another worker in place of one that has died, and goes on trying for as long as the attachment is
+    /// wanted: to be given up takes a VM its device, and a VMM that loses one may end. What keeps a worker from
+    /// starting may be mended, if only by going back to the version before. Whether the attachment is to be
+    /// watched on.
     async fn replace(&mut self, deaths: &mut Deaths, lost: String) -> bool {
         warn!("attachment {}: {lost}", self.record.id);
-        let (mut failures, mut refusals) = (0, 0);
-        let Some(mut wait) = deaths.another() else {
-            let times = deaths.count;
-            self.fail(format!("{lost}, {times} times in a row")).await;
-            return false;
-        };
-        self.degraded = Some(format!("{lost}; it is replaced"));
+        let mut failures = 0;
+        let mut wait = deaths.another();
+        let times = deaths.count;
+        self.degraded = Some(match times {
+            1 => format!("{lost}; it is replaced"),
+            _ => format!("{lost}, {times} times in a row; it is replaced in {wait:?}"),
+        });
         self.publish();
         // A VMM does not come back to a vfio-user socket: if its connection has died with the worker, it
         // needs a new device.
@@ -153,25 +148,6 @@ impl Owner {
                 Launched::Unwanted => continue,
                 Launched::Refused(error) => error,
             };
-            // A device server may be away for long; a program that ends by itself will not get better.
-            let hopeless = match error {
-                StartError::Refused {
-                    permanent: true, ..
-                } => {
-                    refusals += 1;
-                    refusals >= MAX_REFUSALS
-                }
-                StartError::Refused { .. } => {
-                    refusals = 0;
-                    false
-                }
-                StartError::Spawn(_) | StartError::Ended { .. } => failures >= MAX_DEATHS,
-            };
-            if hopeless {
-                self.fail(format!("{lost}, and cannot be replaced: {error}"))
-                    .await;
-                return false;
-            }
             failures += 1;
             wait = pause(failures);
             self.degraded = Some(format!("{lost}; another one cannot be had yet: {error}"));
@@ -208,16 +184,16 @@ mod tests {
     }
 
     #[test]
-    fn workers_that_die_at_once_are_replaced_so_many_times() {
+    fn workers_that_die_at_once_are_replaced_after_longer_and_longer_pauses() {
         let mut deaths = Deaths {
             count: 0,
             started: Instant::now(),
         };
 
-        let pauses: Vec<_> = (0..=MAX_DEATHS).map(|_| deaths.another()).collect();
+        let pauses: Vec<_> = (0..20).map(|_| deaths.another()).collect();
 
-        assert_eq!(pauses[0], Some(Duration::ZERO));
-        assert!(pauses[..MAX_DEATHS as usize].iter().all(Option::is_some));
-        assert_eq!(pauses[MAX_DEATHS as usize], None);
+        assert_eq!(pauses[..2], [Duration::ZERO, MIN_PAUSE]);
+        assert_eq!(pauses[19], MAX_PAUSE);
+        assert!(pauses.is_sorted());
     }
 }
