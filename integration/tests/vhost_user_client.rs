@@ -287,8 +287,7 @@ fn user_mode_linux_writes_and_reads_back() -> TestResult {
     let uml = UserModeLinux::obtain()?;
     let module = uml.module("virtio_blk.ko")?;
     let scratch = Scratch::new("uml")?;
-    // It takes every feature of the transport, an IOMMU, too, and does nothing for it.
-    let options = ["--num-queues", "1", "--no-iommu"];
+    let options = ["--num-queues", "1"];
     let drive = AttachedDrive::start_vhost_user(&scratch, "size=64MiB", &options)?;
     let (init, report) = (scratch.join("init"), scratch.join("report"));
     let script = format!(

@@ -37,10 +37,6 @@ pub struct VhostUserArgs {
     /// Refuse writes (vhost-user).
     #[arg(long = "readonly", visible_alias = "read-only")]
     read_only: bool,
-    /// Do not offer that the guest's driver is behind an IOMMU: for VMMs that take that and cannot
-    /// do it, such as user-mode Linux (vhost-user).
-    #[arg(long)]
-    no_iommu: bool,
     /// What the guest reads as the drive's serial number, up to 20 characters of ASCII; the
     /// drive's own if not given (vhost-user).
     #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
@@ -54,7 +50,6 @@ impl VhostUserArgs {
             num_queues: self.num_queues,
             queue_size: self.queue_size,
             read_only: self.read_only,
-            iommu: !self.no_iommu,
             serial: self.serial.clone(),
         }
     }

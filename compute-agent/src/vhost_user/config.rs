@@ -3,7 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-use vhost::vhost_user::message::VhostUserVirtioFeatures;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
@@ -37,20 +37,25 @@ pub struct Options {
     pub queue_size: u16,
     /// Nothing can be written.
     pub read_only: bool,
-    /// The guest's driver may be behind an IOMMU of the VMM's.
-    pub iommu: bool,
     /// What the guest reads as the drive's name, if not the drive's own serial number.
     pub serial: Option<String>,
 }
 
-/// Virtio and vhost-user features of a drive with this shape.
-pub fn features(shape: &Shape, options: &Options) -> u64 {
+/// What a VMM needs whose IOMMU is to be asked: a channel for the questions, and answers.
+const ASKING: u64 =
+    VhostUserProtocolFeatures::BACKEND_REQ.bits() | VhostUserProtocolFeatures::REPLY_ACK.bits();
+
+/// Virtio and vhost-user features of a drive with this shape, for a VMM with these `protocol` features.
+///
+/// That the guest's driver may be behind an IOMMU is offered to who has agreed to what that needs. QEMU asks
+/// for the features again then; user-mode Linux does not, and could not use a drive that offers it.
+pub fn features(shape: &Shape, options: &Options, protocol: u64) -> u64 {
     let mut features = 1u64 << VIRTIO_F_VERSION_1
         | 1 << VIRTIO_RING_F_EVENT_IDX
         | 1 << VIRTIO_RING_F_INDIRECT_DESC
         | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     let mut add = |bit: u32, condition: bool| features |= u64::from(condition) << bit;
-    add(VIRTIO_F_ACCESS_PLATFORM, options.iommu);
+    add(VIRTIO_F_ACCESS_PLATFORM, protocol & ASKING == ASKING);
     add(VIRTIO_BLK_F_SEG_MAX, true);
     add(VIRTIO_BLK_F_BLK_SIZE, true);
     add(VIRTIO_BLK_F_TOPOLOGY, true);

@@ -52,7 +52,7 @@ impl Device {
     }
 
     fn features(&self) -> u64 {
-        config::features(&self.shape, &self.options)
+        config::features(&self.shape, &self.options, self.protocol)
     }
 }
 

@@ -42,7 +42,6 @@ pub(crate) type Buffer = (u64, u32, bool);
 
 /// Feature bits: the event index, and an IOMMU.
 const EVENT_INDEX: u64 = 1 << 29;
-const ACCESS_PLATFORM: u64 = 1 << 33;
 /// Protocol feature bits: acknowledgements, a channel back.
 const ASKS: u64 = 1 << 3 | 1 << 5;
 
@@ -83,7 +82,6 @@ pub(crate) fn options() -> Options {
         num_queues: 2,
         queue_size: 64,
         read_only: false,
-        iommu: true,
         serial: Some("serial".into()),
     }
 }
@@ -148,13 +146,11 @@ impl Guest {
     /// What a VMM says to a backend that it has connected to.
     pub(crate) fn set_up(&mut self) {
         let device = &mut self.device;
-        let mut features = device.get_features().unwrap() & !EVENT_INDEX;
         if self.iommu.is_some() {
             device.set_protocol_features(ASKS).unwrap();
             device.ask_anew(true);
-        } else {
-            features &= !ACCESS_PLATFORM;
         }
+        let features = device.get_features().unwrap() & !EVENT_INDEX;
         device.set_features(features).unwrap();
         let region = VhostUserMemoryRegion::new(0, MEMORY, USER, 0);
         device

@@ -15,7 +15,9 @@ use farbus_vfio::soft_nvme::{SoftNvme, SoftNvmeConfig};
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::VhostUserBackendReqHandlerMut;
-use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserVringAddrFlags};
+use vhost::vhost_user::message::{
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVringAddrFlags,
+};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -82,9 +84,9 @@ fn configuration_space_says_what_the_drive_is() {
     let config: Vec<u8> = [0u32, 60, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();
     ask(GET_CONFIG, &[config, vec![0; 60]].concat());
     let features = number(&reply(&mut ours));
-    // VERSION_1, access platform, event index, indirect, protocol features; multiqueue, flush, topology, write
+    // VERSION_1, event index, indirect, protocol features; multiqueue, flush, topology, write
     // cache, discard, write zeroes.
-    for bit in [32, 33, 29, 28, 30, 12, 9, 10, 11, 13, 14, 2, 6] {
+    for bit in [32, 29, 28, 30, 12, 9, 10, 11, 13, 14, 2, 6] {
         assert!(features >> bit & 1 == 1, "bit {bit} of {features:#x}");
     }
     let protocol = number(&reply(&mut ours));
@@ -149,9 +151,9 @@ fn behind_iommu() -> (UnixStream, UnixStream, Channel, Arc<Mutex<Device>>) {
     let (ours, mut channel, device) = connected_to_device();
     {
         let mut device = device.lock().unwrap();
+        device.set_protocol_features(1 << 3 | 1 << 5).unwrap();
         let features = device.get_features().unwrap() & !(1 << 29);
         device.set_features(features).unwrap();
-        device.set_protocol_features(1 << 3 | 1 << 5).unwrap();
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(1 << 20).unwrap();
         let region = VhostUserMemoryRegion::new(0, 1 << 20, USER, 0);
@@ -188,17 +190,20 @@ fn translations_are_acknowledged_or_refused() {
 }
 
 #[test]
-fn iommu_that_the_operator_does_not_want_is_not_offered() {
-    use farbus_compute_agent::vhost_user::config::Options;
-    let without = Options {
-        iommu: false,
-        ..options()
+fn iommu_is_offered_to_who_has_agreed_to_what_it_needs() {
+    let mut device = super::harness::Guest::new("").device;
+    let mut offered = |agreed: VhostUserProtocolFeatures| {
+        device.set_protocol_features(agreed.bits()).unwrap();
+        device.get_features().unwrap() >> 33 & 1 == 1
     };
-    let guest = super::harness::Guest::with("", without, false);
-    let mut device = guest.device;
-    let offered = device.get_features().unwrap();
-    assert_eq!(offered >> 33 & 1, 0);
-    assert!(device.set_features(offered | 1 << 33).is_err());
+    let (channel, answers) = (
+        VhostUserProtocolFeatures::BACKEND_REQ,
+        VhostUserProtocolFeatures::REPLY_ACK,
+    );
+    assert!(!offered(VhostUserProtocolFeatures::empty()));
+    assert!(!offered(channel));
+    assert!(!offered(answers));
+    assert!(offered(channel | answers));
 }
 
 #[test]
