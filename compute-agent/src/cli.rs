@@ -420,9 +420,10 @@ fn attach_vhost_user(
     enter_sandbox(args, custody).map_err(|error| Failure(1, error))?;
     let options = args.vhost_user.options();
     let failed = |error| Failure(1, error);
-    attend(custody, remote.clone()).map_err(|error| failed(error.into()))?;
+    attend(custody).map_err(|error| failed(error.into()))?;
     let mut worker =
-        vhost_user::worker::Worker::new(remote, source, options, args.poll).map_err(failed)?;
+        vhost_user::worker::Worker::new(remote, source, options, args.poll, custody.clone())
+            .map_err(failed)?;
     worker
         .start()
         .context("the drive cannot be used")

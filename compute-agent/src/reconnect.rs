@@ -82,14 +82,14 @@ pub fn label() -> String {
 
 /// An attempt to get a new link that is under way. Dropping it ends the attempt.
 pub struct Reconnect {
-    claimed: Receiver<ClaimedLink>,
+    news: Receiver<Result<ClaimedLink, String>>,
     _stop: Sender<()>,
 }
 
 impl Reconnect {
-    /// Starts trying after `pause`; `done` is signalled when there is a link.
+    /// Starts trying after `pause`; `done` is signalled when there is a link, or another reason why there is none.
     pub fn start(mut source: Source, pause: Duration, done: Arc<EventFd>) -> std::io::Result<Self> {
-        let (send, claimed) = mpsc::channel();
+        let (send, news) = mpsc::channel();
         let (stop, stopped) = mpsc::channel();
         thread::Builder::new()
             .name("reconnect".into())
@@ -98,41 +98,39 @@ impl Reconnect {
                     try_for_ever(&mut source, &send, &stopped, &done);
                 }
             })?;
-        Ok(Self {
-            claimed,
-            _stop: stop,
-        })
+        Ok(Self { news, _stop: stop })
     }
 
-    /// The new link, once `done` was signalled.
-    pub fn take(&self) -> Option<ClaimedLink> {
-        self.claimed.try_recv().ok()
+    /// The new link, or why there is none yet, once `done` was signalled.
+    pub fn take(&self) -> Option<Result<ClaimedLink, String>> {
+        self.news.try_recv().ok()
     }
 }
 
 fn try_for_ever(
     source: &mut Source,
-    send: &Sender<ClaimedLink>,
+    send: &Sender<Result<ClaimedLink, String>>,
     stopped: &Receiver<()>,
     done: &EventFd,
 ) {
     let mut pause = MIN_PAUSE;
     let mut told = String::new();
+    let tell = |news| {
+        if send.send(news).is_ok() {
+            // A counter that is full has a signal waiting already.
+            let _ = done.write(1);
+        }
+    };
     loop {
         match source.claim(ATTEMPT) {
-            Ok(claimed) => {
-                if send.send(claimed).is_ok() {
-                    // A counter that is full has a signal waiting already.
-                    let _ = done.write(1);
-                }
-                return;
-            }
+            Ok(claimed) => return tell(Ok(claimed)),
             Err(error) => {
                 // Even what a new attempt cannot mend, an operator can, and a guest waits:
                 // so this goes on, and says each reason once.
                 let why = format!("{:#}", anyhow::Error::new(error));
                 if why != told {
                     warn!("{} cannot be claimed yet: {why}", source.export.as_str());
+                    tell(Err(why.clone()));
                     told = why;
                 }
             }

@@ -16,6 +16,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::custody::Custody;
+use crate::custody::messages::Link;
 use crate::reconnect::{MAX_PAUSE, MIN_PAUSE, Reconnect, Source};
 
 /// How often the link is asked for a sign of life.
@@ -48,14 +50,18 @@ pub struct Upkeep {
     linked: Instant,
     /// How long to wait before the next attempt to get one.
     pause: Duration,
-    /// Why there is no link.
-    why: Option<String>,
-    is_linked: bool,
+    /// Who is told how the link is.
+    custody: Custody,
 }
 
 impl Upkeep {
     /// For a function that is linked, or is to be. Its events have `data`, and `done`'s are [`Self::claimed`]'s.
-    pub fn new(remote: Arc<RemoteFunction>, source: Source, data: u32) -> io::Result<Self> {
+    pub fn new(
+        remote: Arc<RemoteFunction>,
+        source: Source,
+        custody: Custody,
+        data: u32,
+    ) -> io::Result<Self> {
         let is_linked = remote.is_linked();
         let mut upkeep = Self {
             remote,
@@ -67,24 +73,16 @@ impl Upkeep {
             ready: false,
             linked: Instant::now(),
             pause: Duration::ZERO,
-            why: None,
-            is_linked,
+            custody,
         };
-        if !is_linked {
-            upkeep.why = Some("the process that had it has ended".into());
+        if is_linked {
+            upkeep.tell(Link::Up, None);
+        } else {
+            let why = "the process that had it has ended".into();
+            upkeep.tell(Link::Down, Some(why));
             upkeep.start()?;
         }
         Ok(upkeep)
-    }
-
-    /// Whether there is a link.
-    pub fn is_linked(&self) -> bool {
-        self.is_linked
-    }
-
-    /// Why there is none.
-    pub fn why(&self) -> Option<&str> {
-        self.why.as_deref()
     }
 
     /// The eventfd whose events are for [`Self::claimed`].
@@ -115,8 +113,7 @@ impl Upkeep {
                 "the link to {} is lost ({}); what the guest has asked for waits for a new one",
                 self.source.address, lost.error
             );
-            self.is_linked = false;
-            self.why = Some(lost.error.to_string());
+            self.tell(Link::Down, Some(lost.error.to_string()));
             // A link that dies as soon as it is there would come and go without end.
             self.pause = if self.linked.elapsed() > STABLE {
                 Duration::ZERO
@@ -135,23 +132,25 @@ impl Upkeep {
     pub fn claimed(&mut self, ops: &mut EventOps<'_>) -> io::Result<bool> {
         // Another wake-up may have emptied it.
         let _ = self.done.read();
-        let claimed = self.reconnect.as_ref().and_then(Reconnect::take);
-        let Some(claimed) = claimed else {
-            return Ok(false);
+        let claimed = loop {
+            match self.reconnect.as_ref().and_then(Reconnect::take) {
+                Some(Ok(claimed)) => break claimed,
+                Some(Err(why)) => self.tell(Link::Down, Some(why)),
+                None => return Ok(false),
+            }
         };
         self.reconnect = None;
         self.linked = Instant::now();
         let linked = match self.remote.reconnect(claimed) {
             Ok(()) => {
                 info!("the drive's controller is rebuilt on the new link");
-                self.is_linked = true;
-                self.why = None;
+                self.tell(Link::Up, None);
                 true
             }
             Err(error) => {
                 let error = format!("{:#}", anyhow::Error::new(error));
                 error!("{error}");
-                self.why = Some(error);
+                self.tell(Link::Down, Some(error));
                 // An operator may give the export its old form again.
                 self.pause = MAX_PAUSE;
                 self.start()?;
@@ -160,6 +159,12 @@ impl Upkeep {
         };
         self.watch(ops);
         Ok(linked)
+    }
+
+    fn tell(&self, link: Link, why: Option<String>) {
+        if let Some(mut client) = self.custody.client() {
+            client.link(link, why);
+        }
     }
 
     fn start(&mut self) -> io::Result<()> {

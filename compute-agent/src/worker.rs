@@ -18,7 +18,6 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::custody::Custody;
-use crate::custody::messages::Link;
 use crate::custody::worker::Asked;
 use crate::lanes::LaneThreads;
 use crate::reconnect::Source;
@@ -101,7 +100,6 @@ pub struct Worker {
     keeper: SubscriberId,
     /// What the event loop watches for that.
     keeper_watched: Option<(u64, OwnedFd)>,
-    was_linked: Option<bool>,
 }
 
 impl Worker {
@@ -118,7 +116,7 @@ impl Worker {
         let lanes = remote.lanes_event()?;
         let threads = LaneThreads::start(&remote, polling).context("no data thread can be made")?;
         let signals = signals()?;
-        let upkeep = Upkeep::new(remote.clone(), source, 0)?;
+        let upkeep = Upkeep::new(remote.clone(), source, custody.clone(), 0)?;
         let [link_ready, ended, claimed, woken, keeper_ready] = <[Flag; 5]>::default();
         let mut manager = EventManager::new().context("the event loop cannot be made")?;
         // Each time that the timer goes off is an event, so that nobody has to read it.
@@ -139,7 +137,6 @@ impl Worker {
             keeper: manager.add_subscriber(Subscriber::Flag(keeper_ready.clone())),
             keeper_ready,
             keeper_watched: None,
-            was_linked: None,
             custody,
             manager,
             upkeep,
@@ -227,15 +224,11 @@ impl Worker {
         if self.claimed.take() {
             self.upkeep.claimed(&mut ops)?;
         }
-        if self.was_linked.is_some() && self.was_linked != Some(self.upkeep.is_linked()) {
-            self.keeper_ready.raise();
-        }
         Ok(())
     }
 
-    /// Hears the keeper, looks for a new one if it has gone, and tells it how the link is.
+    /// Hears the keeper, and looks for a new one if it has gone.
     fn look_after_keeper(&mut self) -> anyhow::Result<()> {
-        let linked = self.remote.is_linked();
         let Some(mut client) = self.custody.client() else {
             return Ok(());
         };
@@ -243,14 +236,6 @@ impl Worker {
             self.ended.raise();
         }
         client.look_for_keeper();
-        if self.was_linked.replace(linked) != Some(linked) {
-            let (link, reason) = if linked {
-                (Link::Up, None)
-            } else {
-                (Link::Down, self.upkeep.why().map(ToOwned::to_owned))
-            };
-            client.link(link, reason);
-        }
         let number = client.keepers();
         if self.keeper_watched.as_ref().map(|(of, _)| *of) == number {
             return Ok(());

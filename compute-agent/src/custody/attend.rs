@@ -1,39 +1,34 @@
-//! A worker's side of custody where the event loop does not see to it: a thread that hears the keeper,
-//! looks for a new one, and says how the link is.
+//! A worker's side of custody where the event loop does not see to it: a thread that hears the keeper and
+//! looks for a new one.
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use farbus_shadow_mem::remote::RemoteFunction;
 use log::warn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, getpid, kill_process};
 
-use super::messages::Link;
 use super::worker::{Asked, Custody};
 
-/// How often it looks without being told: how the link is, and, where the sandbox has no inotify, whether
-/// there is a new daemon.
+/// How often it looks without being told, where the sandbox has no inotify, whether there is a new daemon.
 const TICK: Duration = Duration::from_secs(1);
 
 /// Starts the thread, if there is a keeper. An end that the keeper asks for is a SIGTERM to this
 /// process.
-pub fn attend(custody: &Custody, remote: Arc<RemoteFunction>) -> io::Result<()> {
+pub fn attend(custody: &Custody) -> io::Result<()> {
     if !custody.is_some() {
         return Ok(());
     }
     let custody = custody.clone();
     thread::Builder::new()
         .name("custody".into())
-        .spawn(move || run(&custody, &remote))?;
+        .spawn(move || run(&custody))?;
     Ok(())
 }
 
-fn run(custody: &Custody, remote: &RemoteFunction) {
-    let mut was_linked = None;
+fn run(custody: &Custody) {
     loop {
         // Only this thread waits, and with a descriptor of its own: the lock is not held meanwhile.
         let watched = custody.client().and_then(|client| {
@@ -50,11 +45,6 @@ fn run(custody: &Custody, remote: &RemoteFunction) {
             }
         }
         client.look_for_keeper();
-        let linked = remote.is_linked();
-        if was_linked.replace(linked) != Some(linked) {
-            let link = if linked { Link::Up } else { Link::Down };
-            client.link(link, None);
-        }
     }
 }
 

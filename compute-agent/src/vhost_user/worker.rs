@@ -23,6 +23,7 @@ use super::device::{Change, Device, Worked};
 use super::drive::{BringUp, Drive};
 use super::reactor::Reactor;
 use super::socket::Socket;
+use crate::custody::Custody;
 use crate::peer::pid_of;
 use crate::reconnect::Source;
 use crate::upkeep::{TICK, Upkeep, signals};
@@ -82,10 +83,11 @@ impl Worker {
         source: Source,
         options: Options,
         polling: Polling,
+        custody: Custody,
     ) -> anyhow::Result<Self> {
         remote.look_for_doorbells();
         let mut reactor = Reactor::new()?;
-        let upkeep = Upkeep::new(remote.clone(), source, LINK)?;
+        let upkeep = Upkeep::new(remote.clone(), source, custody, LINK)?;
         let signals = signals()?;
         let lost = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let brought_up = Arc::new(EventFd::new(EFD_NONBLOCK)?);

@@ -8,6 +8,7 @@ use farbus_compute_agent::api::AttachmentState;
 use farbus_integration::deadline::Deadline;
 use farbus_integration::report::TestResult;
 use farbus_integration::service::{Event, Service};
+use farbus_rest::client::Events;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -50,16 +51,13 @@ pub(crate) fn make_record_unreadable(service: &Service) {
     assert_eq!(found, 1, "records of controllers");
 }
 
-/// Waits until it says that its worker cannot be replaced yet; why.
-fn says_why(service: &Service) -> String {
-    let mut events = service.events(0).unwrap();
-    let tried = |event: &Event| {
+/// Waits until its state has a reason with `word` in it; all of the reason.
+fn says_why(service: &Service, events: &mut Events, word: &str) -> String {
+    let told = |event: &Event| {
         let reason = event.reason.as_deref().unwrap_or_default();
-        reason.contains("cannot be had yet")
+        reason.contains(word)
     };
-    let told = service
-        .until(&mut events, Deadline::secs(60), tried)
-        .unwrap();
+    let told = service.until(events, Deadline::secs(60), told).unwrap();
     told.last().unwrap().reason.clone().unwrap()
 }
 
@@ -79,7 +77,7 @@ fn attachment_whose_record_no_worker_can_read_says_so_until_it_is_made_again() -
     make_record_unreadable(service);
     kill(first.worker.unwrap().pid);
 
-    let reason = says_why(service);
+    let reason = says_why(service, &mut service.events(0)?, "cannot be had yet");
     for word in ["version", "delete the attachment"] {
         assert!(reason.contains(word), "{word:?} is not in {reason}");
     }
@@ -93,21 +91,26 @@ fn attachment_whose_record_no_worker_can_read_says_so_until_it_is_made_again() -
 
 #[test]
 fn attachment_whose_export_is_gone_goes_on_when_it_is_back() -> TestResult {
-    let mut bed = Bed::new("export", 2)?;
-    let spec = json!({"device": "rack1/d1", "endpoint": {"kind": "vhost-user-blk"}});
-    let first = bed.service.attach("vm1", &spec)?;
-    bed.kill_server()?;
-    bed.drives = 1;
-    bed.restart_server()?;
+    let virtio = json!({"device": "rack1/d1", "endpoint": {"kind": "vhost-user-blk"}});
+    for (name, spec) in [("export", vfio_user("rack1/d1")), ("exportblk", virtio)] {
+        let mut bed = Bed::new(name, 2)?;
+        let first = bed.service.attach("vm1", &spec)?;
+        let mut events = bed.service.events(0)?;
+        bed.kill_server()?;
+        bed.drives = 1;
+        bed.restart_server()?;
+        says_why(&bed.service, &mut events, "unknown export");
 
-    kill(first.worker.unwrap().pid);
+        kill(first.worker.unwrap().pid);
 
-    let reason = says_why(&bed.service);
-    assert!(reason.contains("unknown export"), "{reason}");
-    bed.kill_server()?;
-    bed.drives = 2;
-    bed.restart_server()?;
-    is_ready_again(&bed.service)
+        says_why(&bed.service, &mut events, "it is replaced");
+        says_why(&bed.service, &mut events, "unknown export");
+        bed.kill_server()?;
+        bed.drives = 2;
+        bed.restart_server()?;
+        is_ready_again(&bed.service)?;
+    }
+    Ok(())
 }
 
 #[test]
@@ -119,7 +122,11 @@ fn attachment_whose_device_server_is_away_goes_on_when_it_is_back() -> TestResul
 
     kill(first.worker.unwrap().pid);
 
-    says_why(&bed.service);
+    says_why(
+        &bed.service,
+        &mut bed.service.events(0)?,
+        "cannot be had yet",
+    );
     bed.restart_server()?;
     is_ready_again(&bed.service)
 }
