@@ -39,18 +39,19 @@ struct Threshold {
     calls: (f64, f64),
 }
 
-/// About 15 % above what was measured.
+/// About 15 % above what was measured. At depth 1 a daemon looks for work while it waits: what that takes
+/// differs by a fifth, and is the most on a quiet machine.
 const THRESHOLDS: [Threshold; 4] = [
     Threshold {
         opcode: nvm::READ,
         depth: 1,
-        instructions: (13_500.0, 7_800.0),
+        instructions: (14_600.0, 7_900.0),
         calls: (9.2, 5.8),
     },
     Threshold {
         opcode: nvm::WRITE,
         depth: 1,
-        instructions: (12_000.0, 8_900.0),
+        instructions: (13_800.0, 9_100.0),
         calls: (9.2, 5.8),
     },
     Threshold {
