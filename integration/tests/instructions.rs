@@ -39,8 +39,7 @@ struct Threshold {
     calls: (f64, f64),
 }
 
-/// About 15 % above what was measured. At depth 1 a daemon looks for work while it waits: what that takes
-/// differs by a fifth, and is the most on a quiet machine.
+/// About 15 % above what was measured on a quiet machine. On a busy one it is less, at depth 1 by up to a fifth.
 const THRESHOLDS: [Threshold; 4] = [
     Threshold {
         opcode: nvm::READ,

@@ -202,7 +202,8 @@ fn claimants_of_a_lent_controller_get_equal_parts_and_keep_to_limits() -> TestRe
         .start(&Tools::open()?)?;
     let shell = host.wait_guest(Deadline::secs(90))?;
     shell.wait_file(NVME, Deadline::secs(30))?;
-    let limited = "--slice name=c,size=4MiB,offset=252MiB,iops=200";
+    // An emulated machine may stop for a moment. What it makes up for then is less than the 10 %, of 4 s.
+    let limited = "--slice name=c,size=4MiB,offset=252MiB,iops=200,iops-burst=60";
     let slices = "--slice name=a,size=64MiB --slice name=b,offset=64MiB,size=64MiB";
     let options = format!("--bind --pci 0000:01:00.0,name=disk0 {slices} {limited}");
     let server = LendingServer::start(&host, &shell, &options)?;
@@ -210,10 +211,8 @@ fn claimants_of_a_lent_controller_get_equal_parts_and_keep_to_limits() -> TestRe
     let load = ["--iodepth", "16"];
     claimant::share_evenly(&server.address, ["disk0/a", "disk0/b"], &load)?;
     let loads = [("disk0/a", &load[..]), ("disk0/c", &load[..])];
-    claimant::keep_to([200.0], || {
-        let [_, c] = claimant::bench_both(&server.address, loads)?;
-        Ok([iops(&c)])
-    })?;
+    let [_, c] = claimant::bench_both(&server.address, loads)?;
+    claimant::keeps_to(200.0, iops(&c))?;
     server.terminate()?;
     host.quit()?;
     Ok(())

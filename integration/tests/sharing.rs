@@ -224,19 +224,17 @@ fn limits_hold_within_10_percent() -> TestResult {
     let small = ["--iodepth", "16", "--bs", "4k"];
     let large = ["--iodepth", "8", "--bs", "128k", "--rw", "randwrite"];
     let loads = [("disk0/a", &small[..]), ("disk0/b", &large[..])];
-    claimant::keep_to([2000.0, f64::from(20 << 20)], || {
-        let [a, b] = claimant::bench_both(&address, loads)?;
-        Ok([iops(&a), iops(&b) * 131_072.0])
-    })?;
+    let [a, b] = claimant::bench_both(&address, loads)?;
+    claimant::keeps_to(2000.0, iops(&a))?;
+    claimant::keeps_to(f64::from(20 << 20), iops(&b) * 131_072.0)?;
     server.terminate()?;
 
     // One that is claimed as a whole has them too.
     let server = serve(IN_MEMORY, &["--limit", "iops=500"]);
     let address = attached::address(&server);
     let load = ["--iodepth", "8", "--queues", "2", "--rw", "randrw"];
-    claimant::keep_to([500.0], || {
-        Ok([iops(&claimant::bench(&address, "disk0", &load)?)])
-    })?;
+    let whole = claimant::bench(&address, "disk0", &load)?;
+    claimant::keeps_to(500.0, iops(&whole))?;
 
     // A claimant may want less for itself, and gets no more than the device server gives.
     let scratch = Scratch::new("limits")?;
@@ -261,10 +259,8 @@ fn limits_hold_within_10_percent() -> TestResult {
             ],
         )?;
         let options = ["--vfio-user", &path, "--seconds", "4", "--iodepth", "4"];
-        claimant::keep_to([wanted], || {
-            let measured = claimant::run_with("bench", &options)?;
-            Ok([iops(&measured["total"])])
-        })?;
+        let measured = claimant::run_with("bench", &options)?;
+        claimant::keeps_to(wanted, iops(&measured["total"]))?;
         agent.terminate()?;
     }
     server.terminate()?;
