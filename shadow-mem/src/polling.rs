@@ -4,13 +4,15 @@
 //! that has halted meanwhile. So a thread that expects something soon goes on looking for it.
 //! It learns from its sleeps: after one that was short enough for looking to have bridged it,
 //! it looks for longer the next time; after a long one, for less, and soon not at all, so that
-//! an idle attachment costs nothing. And it yields: where another thread waits for this core,
-//! looking does not pay whatever the sleeps say.
+//! an idle attachment costs nothing. And it gives way: it yields, and where it does not get the core
+//! while it is awake, because other threads have it, looking does not pay whatever the sleeps say.
 
 use std::fmt;
 use std::str::FromStr;
 use std::thread::yield_now;
 use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
 
 /// The longest time to look for something before a sleep: a few times what a wake-up costs.
 const MAX_WINDOW: Duration = Duration::from_micros(100);
@@ -21,11 +23,11 @@ const LOOKS_PER_YIELD: u32 = 8;
 /// What comes before this is looked for without a yield. Who yields may be put aside for some
 /// milliseconds even if there is nobody but a task of the idle class.
 const YIELD_AFTER: Duration = Duration::from_micros(40);
-/// A yield that takes so long has run somebody else.
-const LATE: Duration = Duration::from_micros(10);
-/// For how long looking is left alone after somebody else needed the core: at first, and at
-/// most when that happens again and again.
-const FIRST_TRUCE: Duration = Duration::from_millis(1);
+/// How long a thread has to be awake before it is asked how much of that time it had the core.
+const AWAKE: Duration = Duration::from_millis(2);
+/// For how long looking is left alone when others need the core: at first, and at most when that happens
+/// again before so much time has passed without a truce.
+const FIRST_TRUCE: Duration = Duration::from_millis(4);
 const MAX_TRUCE: Duration = Duration::from_millis(64);
 
 /// What an operator can choose.
@@ -76,7 +78,9 @@ pub struct Waiter {
     /// Since when nothing was found.
     since: Option<Instant>,
     looks: u32,
-    /// Somebody else has needed the core: no looking before this.
+    /// From the first look on, which tells the thread.
+    crowd: Option<Crowd>,
+    /// Others need the core: no looking before this.
     truce_until: Option<Instant>,
     truce: Duration,
 }
@@ -89,6 +93,7 @@ impl Waiter {
             window: Duration::ZERO,
             since: None,
             looks: 0,
+            crowd: None,
             truce_until: None,
             truce: FIRST_TRUCE,
         }
@@ -113,13 +118,14 @@ impl Waiter {
             self.since = None;
             return false;
         }
+        let crowd = self.crowd.get_or_insert_with(|| Crowd::new(now));
+        if self.polling == Polling::Adaptive && crowd.takes_the_core(now) {
+            self.give_way(now);
+            return false;
+        }
         self.looks = self.looks.wrapping_add(1);
         if self.looks % LOOKS_PER_YIELD == 0 && looked >= YIELD_AFTER {
-            let before = Instant::now();
             yield_now();
-            if before.elapsed() > LATE {
-                self.others_run(Instant::now());
-            }
         } else {
             std::hint::spin_loop();
         }
@@ -130,6 +136,9 @@ impl Waiter {
     pub fn slept(&mut self, sleep: Duration) {
         if self.polling != Polling::Adaptive {
             return;
+        }
+        if let Some(crowd) = &mut self.crowd {
+            crowd.slept += sleep;
         }
         if sleep > MAX_WINDOW {
             self.window /= 2;
@@ -144,18 +153,56 @@ impl Waiter {
         self.window = (self.window * 2).clamp(FIRST_WINDOW, MAX_WINDOW);
     }
 
-    /// Somebody else has run on this core meanwhile.
-    fn others_run(&mut self, now: Instant) {
+    /// Others need this core more.
+    fn give_way(&mut self, now: Instant) {
         let since = self
             .truce_until
             .map(|end| now.saturating_duration_since(end));
         self.truce = match since {
-            Some(since) if since < self.truce => (self.truce * 2).min(MAX_TRUCE),
+            Some(since) if since < MAX_TRUCE => (self.truce * 2).min(MAX_TRUCE),
             _ => FIRST_TRUCE,
         };
         self.truce_until = Some(now + self.truce);
         self.window = Duration::ZERO;
     }
+}
+
+/// How crowded the thread's core is: how much of the time that it was awake it did not have the core.
+struct Crowd {
+    /// Since when, and what the thread had used of the core by then.
+    since: Instant,
+    used: Duration,
+    /// What it has slept since then. That includes the time from being woken up to being run, which nothing
+    /// tells apart.
+    slept: Duration,
+}
+
+impl Crowd {
+    fn new(now: Instant) -> Self {
+        Self {
+            since: now,
+            used: thread_time(),
+            slept: Duration::ZERO,
+        }
+    }
+
+    /// Whether the thread had the core for less than two fifths of the time that it was awake. Two that look for
+    /// something on one core have half of it each, until the scheduler takes them apart; that is no crowd.
+    fn takes_the_core(&mut self, now: Instant) -> bool {
+        let awake = now.duration_since(self.since).saturating_sub(self.slept);
+        if awake < AWAKE {
+            return false;
+        }
+        let before = std::mem::replace(self, Self::new(now));
+        let had = self.used.saturating_sub(before.used);
+        had < awake * 2 / 5
+    }
+}
+
+/// What the calling thread has used of its cores.
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 #[cfg(test)]
@@ -220,15 +267,36 @@ mod tests {
         let mut waiter = Waiter::new(Polling::Adaptive);
         waiter.slept(SHORT);
         let now = Instant::now();
-        waiter.others_run(now);
+        waiter.give_way(now);
         assert_eq!(waiter.truce, FIRST_TRUCE);
         waiter.slept(SHORT);
         assert!(!waiter.looks_again(), "the truce holds");
         for _ in 0..10 {
-            waiter.others_run(now);
+            waiter.give_way(now);
         }
         assert_eq!(waiter.truce, MAX_TRUCE);
-        waiter.others_run(now + LONG);
+        waiter.give_way(now + LONG);
         assert_eq!(waiter.truce, FIRST_TRUCE, "it was long ago");
+    }
+
+    #[test]
+    fn a_thread_that_had_the_core_while_it_was_awake_is_not_crowded() {
+        let begun = Instant::now();
+        let mut crowd = Crowd::new(begun);
+        crowd.slept = LONG;
+        while thread_time() - crowd.used < AWAKE {
+            std::hint::spin_loop();
+        }
+        assert!(
+            !crowd.takes_the_core(begun + LONG + AWAKE / 2),
+            "too soon to tell"
+        );
+        assert!(!crowd.takes_the_core(begun + LONG + AWAKE));
+        let mut others = Crowd::new(begun);
+        assert!(
+            others.takes_the_core(begun + LONG),
+            "it had nothing of a second"
+        );
+        assert!(!others.takes_the_core(begun + LONG), "a new second begins");
     }
 }
