@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use farbus_shadow_mem::nvme::compute::Lane;
 use farbus_shadow_mem::polling::{Polling, Waiter};
-use farbus_shadow_mem::remote::{LinkInterest, RemoteFunction};
+use farbus_shadow_mem::remote::{Found, LinkInterest, RemoteFunction};
 use log::error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -86,16 +86,24 @@ fn run(lane: &Lane, polling: Polling) -> anyhow::Result<()> {
     let mut this = Loop::new(lane)?;
     let mut waiter = Waiter::new(polling);
     let mut due = Instant::now() + TICK;
-    let (mut looking, mut ready, mut looks) = (false, true, 0_u32);
+    let (mut at_link, mut ready, mut looks) = (false, true, 0_u32);
     while !lane.has_ended() {
-        let busy = match looking || ready {
-            true => lane.service(),
-            false => lane.pump(),
+        let mut more = false;
+        let busy = if at_link || ready {
+            let found = lane.service();
+            more = found == Found::More;
+            found.any()
+        } else {
+            lane.pump()
         };
+        ready = false;
         if busy {
             waiter.found();
         }
-        looking = busy || waiter.looks_again() || !lane.may_sleep();
+        let looks_again = waiter.looks_again();
+        let awake = !busy && !looks_again && !lane.may_sleep();
+        at_link = more || looks_again || awake;
+        let looking = busy || at_link;
         looks = looks.wrapping_add(1);
         if looking && looks % LOOKS_PER_WAIT != 0 {
             continue;

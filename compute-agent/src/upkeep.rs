@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use std::{io, mem};
 
 use event_manager::{EventOps, Events};
-use farbus_shadow_mem::remote::{LinkInterest, RemoteFunction};
+use farbus_shadow_mem::remote::{Found, LinkInterest, RemoteFunction};
 use log::{error, info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vmm_sys_util::epoll::EventSet;
@@ -101,8 +101,9 @@ impl Upkeep {
         if !looks && !self.ready {
             return false;
         }
-        self.ready = self.remote.service();
-        self.ready
+        let found = self.remote.service();
+        self.ready = found == Found::More;
+        found.any()
     }
 
     /// Replaces a link that was lost, and waits for what the link at hand waits for.

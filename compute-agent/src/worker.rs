@@ -12,7 +12,7 @@ use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
 use farbus_shadow_mem::polling::{Polling, Waiter};
-use farbus_shadow_mem::remote::RemoteFunction;
+use farbus_shadow_mem::remote::{Found, RemoteFunction};
 use log::error;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -159,22 +159,31 @@ impl Worker {
     /// Runs until SIGTERM or SIGINT; then closes the VMM's socket and gives the export back.
     pub fn run(mut self) -> anyhow::Result<()> {
         let mut due = Instant::now() + TICK;
-        let mut looking = false;
+        // Whether to look at the link without an event of it.
+        let mut at_link = false;
         loop {
             // Also for the doorbells that the endpoint has taken in the last round.
-            let busy = if self.link_ready.take() || looking {
-                self.remote.service()
+            let mut more = false;
+            let busy = if self.link_ready.take() || at_link {
+                let found = self.remote.service();
+                more = found == Found::More;
+                found.any()
             } else {
                 self.remote.pump()
             };
             if busy {
                 self.waiter.found();
             }
-            looking = busy || self.waiter.looks_again() || !self.remote.may_sleep();
+            let looks = self.waiter.looks_again();
+            let awake = !busy && !looks && !self.remote.may_sleep();
+            at_link = more || looks || awake;
+            let looking = busy || at_link;
             self.looks += 1;
             if looking && self.looks % LOOKS_PER_WAIT != 0 {
                 continue;
             }
+            // Before a sleep, which would otherwise not end when the network takes more again.
+            self.look_after_link()?;
             let orphaned = self.custody.is_some() && self.keeper_watched.is_none();
             let until = if orphaned {
                 due.min(Instant::now() + LOOK_FOR_KEEPER)
@@ -192,7 +201,6 @@ impl Worker {
                 self.remote.tick();
                 self.keeper_ready.raise();
             }
-            self.look_after_link()?;
             if self.keeper_ready.take() {
                 self.look_after_keeper()?;
             }

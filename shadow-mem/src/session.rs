@@ -258,17 +258,17 @@ impl Session {
         counters.bytes_sent + counters.bytes_received
     }
 
-    /// Sends what waited, and receives what has arrived, or much of it.
-    pub(crate) fn receive_all(&mut self, sink: &mut dyn Sink) -> Result<(), FabricError> {
+    /// Sends what waited, and receives what has arrived, or much of it; whether there may be more.
+    pub(crate) fn receive_all(&mut self, sink: &mut dyn Sink) -> Result<bool, FabricError> {
         if self.is_congested() {
             self.flush()?;
         }
         for _ in 0..RECEIVE_BURST {
             if self.receive(sink)? == Received::Idle {
-                break;
+                return Ok(false);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The guest's memory is its own again, at once. What is still to be sent would go out with

@@ -204,13 +204,14 @@ impl Worker {
         if self.looking && self.looks % LOOKS_PER_WAIT != 0 && !self.unread {
             return Ok(());
         }
+        // Before a sleep, which would otherwise not end when the network takes more again.
+        self.upkeep.look_after(&mut self.reactor.ops()?)?;
         self.wait()?;
         self.handle_events()?;
         if Instant::now() >= self.due {
             self.due = Instant::now() + TICK;
             self.tick()?;
         }
-        self.upkeep.look_after(&mut self.reactor.ops()?)?;
         self.serve()
     }
 

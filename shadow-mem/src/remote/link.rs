@@ -16,6 +16,33 @@ use crate::nvme::compute::{Changed, Lane};
 use crate::nvme::record::Counter;
 use crate::session::{LinkInterest, Session, Silence};
 
+/// What a look at a link has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing was there to be moved.
+    Nothing,
+    /// All that had arrived was taken: the link's descriptor tells of what comes next.
+    All,
+    /// More may have arrived than was taken, and the descriptor need not tell.
+    More,
+}
+
+impl Found {
+    /// From whether anything has moved, and whether there may be more.
+    pub(crate) fn of(moved: bool, more: bool) -> Self {
+        match (moved, more) {
+            (_, true) => Self::More,
+            (true, false) => Self::All,
+            (false, false) => Self::Nothing,
+        }
+    }
+
+    /// Whether there was anything.
+    pub fn any(self) -> bool {
+        self != Self::Nothing
+    }
+}
+
 impl RemoteFunction {
     /// What to wait for, while there is a link.
     pub fn link_interest(&self) -> Option<LinkInterest> {
@@ -25,17 +52,16 @@ impl RemoteFunction {
     }
 
     /// The link's descriptor has events, or may have: receives, sends what waited, and goes on
-    /// with what either made possible. Returns whether there was anything, so that there may
-    /// be more: then the descriptor need not say so, and this is to be called again without
-    /// waiting.
-    pub fn service(&self) -> bool {
+    /// with what either made possible. If it returns [`Found::More`] it is to be called again without waiting.
+    pub fn service(&self) -> Found {
         let mut state = self.state();
         let before = state.progress();
+        let mut more = false;
         state.with_session(|half, session| {
-            session.receive_all(half)?;
+            more = session.receive_all(half)?;
             half.pump(session)
         });
-        state.progress() != before
+        Found::of(state.progress() != before, more)
     }
 
     /// As [`Self::service`], for when nothing can have arrived: goes on with what the guest has

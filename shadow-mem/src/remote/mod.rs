@@ -27,6 +27,7 @@ use farbus_vfio::FunctionInfo;
 
 use self::claim::{Grant, decode_claim, encode_claim, info, parse};
 pub use self::error::RemoteError;
+pub use self::link::Found;
 pub use self::state::LostLink;
 use self::state::State;
 use crate::nvme::compute::ComputeHalf;

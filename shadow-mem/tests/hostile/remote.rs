@@ -224,7 +224,7 @@ impl Bench {
             );
             let ready = poll.wait_timeout(PATIENCE).unwrap().iter().count() > 0;
             assert!(ready, "{what}: nothing woke the event loop");
-            while self.function.service() {}
+            while self.function.service().any() {}
         }
     }
 

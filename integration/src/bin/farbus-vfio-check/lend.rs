@@ -148,7 +148,7 @@ fn serve(remote: &RemoteFunction, stopped: &AtomicBool) -> Outcome {
             watched = wanted;
         }
         if epoll.wait(5, &mut events).unwrap_or(0) > 0 {
-            while remote.service() {}
+            while remote.service().any() {}
         }
         if ticked.elapsed() > Duration::from_secs(1) {
             ticked = Instant::now();

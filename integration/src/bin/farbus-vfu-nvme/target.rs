@@ -136,9 +136,9 @@ impl Linked {
         }
     }
 
-    /// Receives what is there; whether there may be more.
+    /// Receives what is there; whether there was anything.
     pub(crate) fn service(&self) -> bool {
-        self.remote.service()
+        self.remote.service().any()
     }
 
     /// [`Self::service`] is called again and again, without a wait between.

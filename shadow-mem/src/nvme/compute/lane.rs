@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ComputeHalf;
 use super::lanes::Bell;
+use crate::remote::Found;
 use crate::session::{LinkInterest, Session, Silence};
 
 /// See the module's own description.
@@ -115,11 +116,13 @@ impl Lane {
     }
 
     /// As [`crate::remote::RemoteFunction::service`], for this lane.
-    pub fn service(&self) -> bool {
-        self.act(|half, session| {
-            session.receive_all(half)?;
+    pub fn service(&self) -> Found {
+        let mut more = false;
+        let moved = self.act(|half, session| {
+            more = session.receive_all(half)?;
             half.pump(session)
-        })
+        });
+        Found::of(moved, more)
     }
 
     /// As [`crate::remote::RemoteFunction::pump`], for this lane.
