@@ -44,14 +44,14 @@ const THRESHOLDS: [Threshold; 4] = [
     Threshold {
         opcode: nvm::READ,
         depth: 1,
-        instructions: (14_600.0, 7_900.0),
-        calls: (9.2, 5.8),
+        instructions: (14_600.0, 6_600.0),
+        calls: (7.0, 3.5),
     },
     Threshold {
         opcode: nvm::WRITE,
         depth: 1,
-        instructions: (13_800.0, 9_100.0),
-        calls: (9.2, 5.8),
+        instructions: (13_800.0, 7_700.0),
+        calls: (7.0, 3.5),
     },
     Threshold {
         opcode: nvm::READ,

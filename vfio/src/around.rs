@@ -105,6 +105,10 @@ pub trait Around: Send + Sync {
         self.inner().wants_one_thread()
     }
 
+    fn completes_at_once(&self) -> bool {
+        self.inner().completes_at_once()
+    }
+
     fn notices(&self) -> Vec<(Notice, &EventFd)> {
         self.inner().notices()
     }
@@ -181,6 +185,10 @@ impl<T: Around> Function for T {
 
     fn wants_one_thread(&self) -> bool {
         Around::wants_one_thread(self)
+    }
+
+    fn completes_at_once(&self) -> bool {
+        Around::completes_at_once(self)
     }
 
     fn notices(&self) -> Vec<(Notice, &EventFd)> {

@@ -282,6 +282,12 @@ pub trait Function: Send + Sync {
         false
     }
 
+    /// Whether a command of an I/O queue has completed when the write of the doorbell returns that announces it, or
+    /// that makes room for its completion. Whoever drives it from one thread looks there, and wants no interrupts.
+    fn completes_at_once(&self) -> bool {
+        false
+    }
+
     /// The notices that can come, each with the eventfd that is signalled for it. They do not
     /// change while the function is open.
     fn notices(&self) -> Vec<(Notice, &EventFd)> {

@@ -295,6 +295,10 @@ impl Function for SoftNvme {
         Ok(())
     }
 
+    fn completes_at_once(&self) -> bool {
+        self.controller.backing.is_immediate()
+    }
+
     fn reset(&self) -> Result<(), FunctionError> {
         let mut space = lock(&self.config);
         space.reset();

@@ -32,23 +32,25 @@ impl Io {
         all: bool,
         session: &mut Session,
     ) -> Result<(), FabricError> {
-        let mut consumed = false;
-        for _ in 0..self.tags.count() {
-            if session.is_congested() && !all {
-                break;
+        let mut left = self.tags.count();
+        loop {
+            let mut consumed = false;
+            while left > 0 && (all || !session.is_congested()) {
+                let Some(cqe) = self.next(id) else {
+                    break;
+                };
+                left -= 1;
+                consumed = true;
+                if let Some(command) = self.take(&cqe) {
+                    self.answer(&cqe, &command, session)?;
+                }
             }
-            let Some(cqe) = self.next(id) else {
-                break;
-            };
-            consumed = true;
-            if let Some(command) = self.take(&cqe) {
-                self.answer(&cqe, &command, session)?;
+            if !consumed {
+                return Ok(());
             }
-        }
-        if consumed {
+            // There is room again, which a device may have waited for.
             self.ring_completion(id);
         }
-        Ok(())
     }
 
     /// The command that has completed.

@@ -128,9 +128,15 @@ impl DeviceHalf {
     }
 
     /// The caller never sleeps, but calls [`Self::pump`] all the time: I/O queues that are made
-    /// from now on have no interrupts, which would only get in its way.
+    /// from now on have no interrupts.
     pub fn look_at_queues(&mut self) {
         self.is_looked_at = true;
+    }
+
+    /// Whether what I/O queues complete is found without interrupts, which would only get in the way.
+    fn finds_completions(&self) -> bool {
+        // Another thread does not look where this one has written a doorbell.
+        self.is_looked_at || self.lanes.is_empty() && self.function.completes_at_once()
     }
 
     /// The buffer shadow, as the device sees it.

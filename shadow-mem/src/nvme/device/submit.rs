@@ -199,7 +199,7 @@ impl DeviceHalf {
         self.check_create(&sqe)?;
         let queues = Made {
             vector: self.vector_for(&sqe),
-            interrupts: !self.is_looked_at,
+            interrupts: !self.finds_completions(),
         };
         self.io
             .place(entry, |arena, sqe| queues.translate(arena, sqe))
