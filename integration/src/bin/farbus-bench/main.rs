@@ -29,6 +29,7 @@ mod rdma;
 mod results;
 mod run;
 mod session;
+mod sides;
 mod table;
 mod usage;
 mod workload;

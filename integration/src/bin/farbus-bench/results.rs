@@ -16,6 +16,8 @@ pub(crate) mod figure {
     pub(crate) const IOPS: &str = "iops";
     /// 10^6 bytes of payload per second.
     pub(crate) const MB_PER_S: &str = "mb_per_s";
+    /// [`MB_PER_S`] of one raw TCP connection, measured right before and after, that this is a part of.
+    pub(crate) const OF_RAW: &str = "of_raw_connection";
     pub(crate) const CPU: &str = "cpu_us_per_io";
     pub(crate) const SWITCHES: &str = "switches_per_io";
     pub(crate) const SYSCALLS: &str = "syscalls_per_io";

@@ -13,7 +13,8 @@ use farbus_integration::procfs::Proc;
 
 use crate::awake::Awake;
 use crate::results::{Figures, figure};
-use crate::session::{Skip, Take};
+use crate::session::{Plan, Skip, Take};
+use crate::sides::{Apart, Side};
 use crate::workload::{Extent, Workload};
 
 /// A process to watch, under the name that it has in tables.
@@ -21,6 +22,7 @@ use crate::workload::{Extent, Workload};
 pub(crate) struct Watched {
     pub(crate) name: &'static str,
     pub(crate) pid: u32,
+    pub(crate) side: Side,
 }
 
 /// What there was at one moment, since the beginning of each process and of the machine.
@@ -127,6 +129,23 @@ impl Meter {
     }
 }
 
+/// Runs a load, and adds what the `watched` processes used.
+pub(crate) fn metered(
+    watched: &[Watched],
+    workload: &Workload,
+    plan: &Plan,
+    load: impl FnOnce() -> Result<Figures>,
+) -> Result<Figures> {
+    let _apart = match workload.is_big() {
+        true => Some(Apart::keep(watched)?),
+        false => None,
+    };
+    let meter = Meter::start(watched, plan.warmup, plan.time);
+    let mut figures = load()?;
+    meter.stop(&mut figures)?;
+    Ok(figures)
+}
+
 /// I/Os of a run whose system calls are counted.
 const COUNTED: u64 = 2000;
 
@@ -184,6 +203,7 @@ mod tests {
         let own = Watched {
             name: "own",
             pid: std::process::id(),
+            side: Side::Compute,
         };
         let time = Duration::from_millis(40);
         let meter = Meter::start(&[own.clone(), own], Duration::ZERO, time);

@@ -83,6 +83,11 @@ impl Workload {
         self.queues > 1 || self.attachments > 1
     }
 
+    /// Whether it is judged by the throughput of a connection.
+    pub(crate) fn is_big(&self) -> bool {
+        self.block == BIG
+    }
+
     /// One of the few that say most.
     fn is_essential(&self) -> bool {
         [

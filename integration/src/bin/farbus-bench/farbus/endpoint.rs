@@ -7,7 +7,9 @@ use anyhow::Result;
 use super::load::{self, Target};
 use super::path::{Attached, Backing, Poll, Setup};
 use super::{ENDPOINT, ENDPOINT_ADAPTIVE, ENDPOINT_NULL, ENDPOINT_THREADS, SIZE};
-use crate::results::Figures;
+use crate::limits::wire::Place;
+use crate::limits::{BIG, stream};
+use crate::results::{Figures, figure};
 use crate::session::{Plan, Subject, Take};
 use crate::usage::{self, count_calls};
 use crate::workload::{self, BIG_READ, BIG_WRITE, READ_1, READ_32, Workload};
@@ -49,7 +51,7 @@ impl Endpoint {
             // Each thread has queues of its own.
             Backing::Memory if self.setup.threads > 1 => workload::of_four_queues(quick),
             Backing::Memory => workload::all(quick),
-            Backing::Null => vec![READ_1, READ_32, BIG_READ],
+            Backing::Null => vec![READ_1, READ_32, BIG_READ, BIG_WRITE],
         }
     }
 }
@@ -81,12 +83,20 @@ impl Subject for Endpoint {
             let fill = (&take.plan.fill()).into();
             load::run(&target(&attached), &BIG_WRITE, false, fill)?;
             for workload in some {
-                take.one(&workload.to_string(), |plan| {
-                    attached.check()?;
-                    let figures = self.figures(&attached, workload, &plan.of(workload))?;
-                    attached.check()?;
-                    Ok(figures)
-                })?;
+                let raw = self.raw_of(workload);
+                for _ in 0..raw.map_or(1, |_| PAIRS) {
+                    take.one(&workload.to_string(), |plan| {
+                        attached.check()?;
+                        let figures = match raw {
+                            None => self.figures(&attached, workload, &plan.of(workload)),
+                            Some(raw) => beside(raw, &plan.brief(), |plan| {
+                                self.figures(&attached, workload, plan)
+                            }),
+                        }?;
+                        attached.check()?;
+                        Ok(figures)
+                    })?;
+                }
                 count_calls(take, workload, &watched, |extent| {
                     load::run(&target(&attached), workload, false, extent).map(drop)
                 })?;
@@ -96,7 +106,39 @@ impl Subject for Endpoint {
     }
 }
 
+/// Throughput of a raw connection with messages of this size.
+type Raw = fn(&Place<'_>, usize, &Plan) -> Result<Figures>;
+
+/// How often Farbus and a raw connection take turns in each repeat.
+const PAIRS: u32 = 3;
+
+/// Measures between two measurements of a raw connection: what that can do differs by a factor of two from one
+/// second to the next, on some machines, and what is measured minutes later says little.
+fn beside(
+    raw: Raw,
+    plan: &Plan,
+    measure: impl FnOnce(&Plan) -> Result<Figures>,
+) -> Result<Figures> {
+    let rate = |figures: &Figures| figures.get(figure::MB_PER_S).copied();
+    let raw = || Ok::<_, anyhow::Error>(rate(&raw(&Place::loopback(), BIG, plan)?));
+    let before = raw()?;
+    let mut figures = measure(plan)?;
+    if let (Some(before), Some(own), Some(after)) = (before, rate(&figures), raw()?) {
+        figures.insert(figure::OF_RAW.into(), 2.0 * own / (before + after));
+    }
+    Ok(figures)
+}
+
 impl Endpoint {
+    /// What a workload is compared with in turns.
+    fn raw_of(&self, workload: &Workload) -> Option<Raw> {
+        match *workload {
+            BIG_READ if self.name != ENDPOINT => Some(stream::receive),
+            BIG_WRITE if self.name != ENDPOINT => Some(stream::send),
+            _ => None,
+        }
+    }
+
     fn figures(&self, attached: &Attached, workload: &Workload, plan: &Plan) -> Result<Figures> {
         let watched = attached.watched();
         let mut figures = load::measure(&target(attached), workload, false, &watched, plan)?;

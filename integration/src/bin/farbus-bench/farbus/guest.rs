@@ -20,6 +20,7 @@ use super::{GUEST, GUEST_LOCAL};
 use crate::awake::Awake;
 use crate::results::{Figures, figure};
 use crate::session::{Plan, Subject, Take};
+use crate::sides::Side;
 use crate::usage::{Seen, Watched};
 use crate::workload::{self, READ_1, READ_32, Workload};
 
@@ -71,6 +72,7 @@ impl Subject for Guests {
         let watched_local = vec![Watched {
             name: "drive",
             pid: local.pid(),
+            side: Side::Compute,
         }];
 
         let machine = MachineBuilder::new("bench")

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::results::{Figures, figure};
 use crate::session::Plan;
-use crate::usage::{Meter, Watched};
+use crate::usage::{Watched, metered};
 use crate::workload::{Extent, MIX_READS, Pattern, Workload};
 
 pub(crate) const TOOL: &str = "farbus-vfu-nvme";
@@ -55,11 +55,10 @@ pub(crate) fn measure(
     watched: &[Watched],
     plan: &Plan,
 ) -> Result<Figures> {
-    let meter = Meter::start(watched, plan.warmup, plan.time);
-    let report = run(target, workload, polled, plan.into())?;
-    let mut figures = figures(&report, workload);
-    meter.stop(&mut figures)?;
-    Ok(figures)
+    metered(watched, workload, plan, || {
+        let report = run(target, workload, polled, plan.into())?;
+        Ok(figures(&report, workload))
+    })
 }
 
 /// Runs the load to its end; returns its report.

@@ -8,6 +8,7 @@ use farbus_integration::daemon::Daemon;
 use farbus_integration::deadline::Deadline;
 use farbus_integration::scratch::Scratch;
 
+use crate::sides::Side;
 use crate::usage::Watched;
 
 const SERVER: &str = "farbus-device-server";
@@ -100,6 +101,7 @@ impl Server {
         Watched {
             name: "server",
             pid: self.daemon.pid(),
+            side: Side::Device,
         }
     }
 }
@@ -205,6 +207,7 @@ impl Attached {
         let agents = self.agents.iter().map(|agent| Watched {
             name: "agent",
             pid: agent.pid(),
+            side: Side::Compute,
         });
         agents.chain([self.server.watched()]).collect()
     }

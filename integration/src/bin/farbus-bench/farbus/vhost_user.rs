@@ -6,7 +6,7 @@ use super::path::{Attached, Endpoint, Setup};
 use super::{SIZE, VHOST_USER};
 use crate::blk_client;
 use crate::session::{Subject, Take};
-use crate::usage::{Meter, count_calls};
+use crate::usage::{count_calls, metered};
 use crate::workload::{self, BIG_WRITE};
 
 pub(super) struct VhostUser;
@@ -35,9 +35,9 @@ impl Subject for VhostUser {
                 take.one(&workload.to_string(), |plan| {
                     let plan = plan.of(workload);
                     attached.check()?;
-                    let meter = Meter::start(&watched, plan.warmup, plan.time);
-                    let mut figures = blk_client::run(&attached.sockets, workload, (&plan).into())?;
-                    meter.stop(&mut figures)?;
+                    let figures = metered(&watched, workload, &plan, || {
+                        blk_client::run(&attached.sockets, workload, (&plan).into())
+                    })?;
                     attached.check()?;
                     Ok(figures)
                 })?;

@@ -5,15 +5,17 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
+use super::How;
 use super::wire::{Place, write_all};
-use crate::helpers::Role;
+use crate::helpers::{Pinned, Role};
 use crate::interrupt;
 use crate::results::{Figures, figure};
 use crate::session::Plan;
 
 /// Sends messages of `size` bytes to a process that reads them.
 pub(crate) fn send(place: &Place<'_>, size: usize, plan: &Plan) -> Result<Figures> {
-    let (_process, mut stream) = place.connect(Role::Sink, (size, size), None)?;
+    let (_process, mut stream) = place.connect(Role::Sink, (size, size), How::Blocking)?;
+    let _pinned = Pinned::to(Pinned::NEAR)?;
     let message = vec![0; size];
     rate(plan, || {
         write_all(&mut stream, &message)?;
@@ -23,7 +25,8 @@ pub(crate) fn send(place: &Place<'_>, size: usize, plan: &Plan) -> Result<Figure
 
 /// Reads messages of `size` bytes that a process writes.
 pub(crate) fn receive(place: &Place<'_>, size: usize, plan: &Plan) -> Result<Figures> {
-    let (_process, mut stream) = place.connect(Role::Source, (size, size), None)?;
+    let (_process, mut stream) = place.connect(Role::Source, (size, size), How::Blocking)?;
+    let _pinned = Pinned::to(Pinned::NEAR)?;
     let mut message = vec![0; size];
     rate(plan, || match stream.read(&mut message)? {
         0 => bail!("the sender has ended"),

@@ -126,13 +126,12 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// Starts the other end there and connects to it; ends of which nothing is said block and run where the
-    /// scheduler puts them.
+    /// Starts the other end there and connects to it.
     pub(crate) fn connect(
         &self,
         role: Role,
         sizes: (usize, usize),
-        how: Option<How>,
+        how: How,
     ) -> Result<(Process, Stream)> {
         let own = std::env::current_exe().context("finding this program")?;
         let mut command = match self.namespace {
@@ -143,7 +142,7 @@ impl<'a> Place<'a> {
         command.args(["--tcp", self.address]);
         let (process, address) = start_listening("echo", command)?;
         let stream = Stream::from(TcpStream::connect(&address).context("connecting")?);
-        stream.prepare(how == Some(How::Polled))?;
+        stream.prepare(how == How::Polled)?;
         Ok((process, stream))
     }
 }
@@ -151,7 +150,7 @@ impl<'a> Place<'a> {
 fn connect_unix(path: &Path, sizes: (usize, usize), how: How) -> Result<(Process, Stream)> {
     let own = std::env::current_exe().context("finding this program")?;
     let mut command = mortal_command(&own);
-    echo_arguments(&mut command, Role::Echo, sizes, Some(how));
+    echo_arguments(&mut command, Role::Echo, sizes, how);
     command.arg("--unix").arg(path);
     let (process, _) = start_listening("echo", command)?;
     let stream = Stream::from(UnixStream::connect(path).context("connecting")?);
@@ -159,7 +158,7 @@ fn connect_unix(path: &Path, sizes: (usize, usize), how: How) -> Result<(Process
     Ok((process, stream))
 }
 
-fn echo_arguments(command: &mut Command, role: Role, sizes: (usize, usize), how: Option<How>) {
+fn echo_arguments(command: &mut Command, role: Role, sizes: (usize, usize), how: How) {
     let role = match role {
         Role::Echo => "echo",
         Role::Sink => "sink",
@@ -170,12 +169,11 @@ fn echo_arguments(command: &mut Command, role: Role, sizes: (usize, usize), how:
         .args(["--request", &sizes.0.to_string()])
         .args(["--response", &sizes.1.to_string()]);
     let cpu = match how {
-        Some(How::OneCpu) => Pinned::NEAR,
-        Some(How::Blocking | How::Polled) => Pinned::FAR,
-        None => return,
+        How::OneCpu => Pinned::NEAR,
+        How::Blocking | How::Polled => Pinned::FAR,
     };
     command.args(["--cpu", &cpu.to_string()]);
-    if how == Some(How::Polled) {
+    if how == How::Polled {
         command.arg("--polled");
     }
 }
@@ -209,7 +207,7 @@ impl<'a> Wire<'a> {
         // Holds the socket's path for as long as it is needed.
         let scratch = Scratch::new("wire")?;
         let (_process, mut stream) = match self.place {
-            Some(place) => place.connect(Role::Echo, self.sizes, Some(self.how))?,
+            Some(place) => place.connect(Role::Echo, self.sizes, self.how)?,
             None => connect_unix(&scratch.join("s"), self.sizes, self.how)?,
         };
         let _pinned = Pinned::to(Pinned::NEAR)?;

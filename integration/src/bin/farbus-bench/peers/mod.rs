@@ -17,7 +17,7 @@ use farbus_integration::tools::peers::Peers;
 use self::servers::Chain;
 use crate::blk_client;
 use crate::session::{Subject, Take};
-use crate::usage::{Meter, count_calls};
+use crate::usage::{count_calls, metered};
 use crate::workload::{self, BIG_WRITE, Workload};
 
 /// Subjects' names, which budgets refer to.
@@ -93,9 +93,9 @@ impl VhostUserDisk {
             take.one(&workload.to_string(), |plan| {
                 let plan = plan.of(workload);
                 chain.check(&scratch)?;
-                let meter = Meter::start(&chain.watched, plan.warmup, plan.time);
-                let mut figures = blk_client::run(&chain.sockets, workload, (&plan).into())?;
-                meter.stop(&mut figures)?;
+                let figures = metered(&chain.watched, workload, &plan, || {
+                    blk_client::run(&chain.sockets, workload, (&plan).into())
+                })?;
                 chain.check(&scratch)?;
                 Ok(figures)
             })?;

@@ -15,6 +15,7 @@ use farbus_integration::scratch::Scratch;
 use farbus_integration::tools::peers::Peers;
 
 use crate::interrupt;
+use crate::sides::Side;
 use crate::usage::Watched;
 
 /// Size of the disk.
@@ -174,20 +175,21 @@ impl Served {
     /// Offers what it serves as vhost-user-blk devices, each of a process of its own.
     fn attach(self, peers: &Peers, scratch: &Scratch, attachments: u32) -> Result<Chain> {
         let (name, server) = self.server;
-        let watch = |name, process: &Process| Watched {
+        let watch = |name, side, process: &Process| Watched {
+            side,
             name,
             pid: process.id(),
         };
         let mut chain = Chain {
             sockets: Vec::new(),
-            watched: vec![watch(name, &server)],
+            watched: vec![watch(name, Side::Device, &server)],
             processes: Vec::new(),
             _disk: self.disk,
         };
         for number in 0..attachments {
             let socket = scratch.join(format!("blk{number}.sock"));
             let daemon = storage_daemon(peers, scratch, &self.node, &socket)?;
-            chain.watched.push(watch("qsd", &daemon));
+            chain.watched.push(watch("qsd", Side::Compute, &daemon));
             chain.sockets.push(socket);
             chain.processes.push(daemon);
         }

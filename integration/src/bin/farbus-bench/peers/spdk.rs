@@ -16,6 +16,7 @@ use super::{SPDK_TCP, SPDK_VFIO_USER};
 use crate::awake::Awake;
 use crate::results::{Figures, figure};
 use crate::session::{Skip, Subject, Take};
+use crate::sides::Side;
 use crate::usage::{Meter, Watched};
 use crate::workload::{self, MIX_READS, Pattern, Workload};
 
@@ -25,7 +26,8 @@ const NQN: &str = "nqn.2016-06.io.spdk:bench";
 const TARGET_CPU: &str = "0x1";
 const PERF_CPU: &str = "0x2";
 const WARMUP: Duration = Duration::from_secs(1);
-const MEMORY_MIB: &str = "512";
+/// Of either program; the target has the disk in it.
+const MEMORY_MIB: &str = "1024";
 const DISK_MIB: &str = "256";
 
 pub(super) fn subjects() -> Vec<Box<dyn Subject>> {
@@ -72,6 +74,7 @@ impl Subject for Spdk {
         let watched = [Watched {
             name: "target",
             pid: target.id(),
+            side: Side::Device,
         }];
         for workload in workload::common(take.plan.quick) {
             take.one(&workload.to_string(), |plan| {
