@@ -129,17 +129,14 @@ impl Meter {
     }
 }
 
-/// Runs a load, and adds what the `watched` processes used.
+/// Runs a load, and adds what the `watched` processes used; with the sides [`Apart`] if wanted.
 pub(crate) fn metered(
     watched: &[Watched],
-    workload: &Workload,
+    apart: bool,
     plan: &Plan,
     load: impl FnOnce() -> Result<Figures>,
 ) -> Result<Figures> {
-    let _apart = match workload.is_big() {
-        true => Some(Apart::keep(watched)?),
-        false => None,
-    };
+    let _apart = apart.then(|| Apart::keep(watched)).transpose()?;
     let meter = Meter::start(watched, plan.warmup, plan.time);
     let mut figures = load()?;
     meter.stop(&mut figures)?;

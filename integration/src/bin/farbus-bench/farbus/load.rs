@@ -55,7 +55,9 @@ pub(crate) fn measure(
     watched: &[Watched],
     plan: &Plan,
 ) -> Result<Figures> {
-    metered(watched, workload, plan, || {
+    // Two that poll have a CPU each, as SPDK's have.
+    let apart = polled || workload.is_big();
+    metered(watched, apart, plan, || {
         let report = run(target, workload, polled, plan.into())?;
         Ok(figures(&report, workload))
     })

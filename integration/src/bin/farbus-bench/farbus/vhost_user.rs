@@ -35,7 +35,7 @@ impl Subject for VhostUser {
                 take.one(&workload.to_string(), |plan| {
                     let plan = plan.of(workload);
                     attached.check()?;
-                    let figures = metered(&watched, workload, &plan, || {
+                    let figures = metered(&watched, workload.is_big(), &plan, || {
                         blk_client::run(&attached.sockets, workload, (&plan).into())
                     })?;
                     attached.check()?;

@@ -93,7 +93,7 @@ impl VhostUserDisk {
             take.one(&workload.to_string(), |plan| {
                 let plan = plan.of(workload);
                 chain.check(&scratch)?;
-                let figures = metered(&chain.watched, workload, &plan, || {
+                let figures = metered(&chain.watched, workload.is_big(), &plan, || {
                     blk_client::run(&chain.sockets, workload, (&plan).into())
                 })?;
                 chain.check(&scratch)?;
