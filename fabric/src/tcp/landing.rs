@@ -6,15 +6,16 @@ use vm_memory::{MmapRegion, VolatileMemory};
 
 use super::raw::Scatter;
 use crate::link::check_span;
-use crate::wire::Header;
+use crate::wire::{Header, MAX_ENTRIES, MAX_PAYLOAD};
 use crate::{FabricError, Sink, Span};
 
 /// Where bytes go that nobody wants any more: they are read to get past them. Longer pieces
 /// land here several times.
 const SCRATCH_LEN: usize = 64 * 1024;
 
-/// Spans for which room is set aside.
-const MAX_SPANS: usize = 1024;
+/// Spans for which room is set aside: pages of 4 KiB of the largest payload, and one more for each command
+/// whose data begin within a page. Smaller spans than that cost storage once.
+const MAX_SPANS: usize = (MAX_PAYLOAD as usize >> 12) + MAX_ENTRIES as usize;
 
 /// The payload that is arriving.
 pub(super) struct Landing {
@@ -32,7 +33,6 @@ impl Landing {
             source: std::io::Error::other(error),
         })?;
         Ok(Landing {
-            // As many as one call takes; what a batch has beyond that, it brings again.
             spans: Vec::with_capacity(MAX_SPANS),
             next: 0,
             left: 0,
