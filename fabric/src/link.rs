@@ -208,7 +208,7 @@ pub trait Link: Send {
     fn keep_looking(&mut self) {}
 
     /// Whether the descriptor will tell of what arrives from now on. If not, something has arrived
-    /// meanwhile: receive again. Only for owners that have called [`Self::keep_looking`].
+    /// meanwhile, or there is room again: receive and send again. Only for owners that have called [`Self::keep_looking`].
     fn may_wait(&mut self) -> Result<bool, FabricError> {
         Ok(true)
     }

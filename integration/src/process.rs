@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::deadline::Deadline;
 use crate::error::{Error, IoContext, Result};
@@ -236,17 +237,18 @@ fn pid_of(child: &Child) -> Result<Pid> {
 /// Spawns through one thread that lives as long as the process.
 ///
 /// The parent-death signal fires when the *thread* that forked ends, and a test's thread ends
-/// before a machine that several tests share.
+/// before a machine that several tests share. The child gets the CPUs of the calling thread all the same.
 fn spawn_on_immortal_thread(command: Command) -> io::Result<Child> {
-    type Request = (Command, Sender<io::Result<Child>>);
+    type Request = (Command, CpuSet, Sender<io::Result<Child>>);
     static SPAWNER: OnceLock<Sender<Request>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
         let (tx, rx) = channel::<Request>();
         std::thread::spawn(move || {
-            for (mut command, reply) in rx {
+            for (mut command, cpus, reply) in rx {
+                let placed = sched_setaffinity(None, &cpus).map_err(io::Error::from);
                 // Nobody waits any more when the reply cannot be sent; the child dies with `Child`'s
                 // pipes, or with this process.
-                let _ = reply.send(command.spawn());
+                let _ = reply.send(placed.and_then(|()| command.spawn()));
             }
         });
         tx
@@ -254,7 +256,7 @@ fn spawn_on_immortal_thread(command: Command) -> io::Result<Child> {
     let (tx, rx) = channel();
     let gone = |_| io::Error::other("the spawning thread has ended");
     spawner
-        .send((command, tx))
+        .send((command, sched_getaffinity(None)?, tx))
         .map_err(|_| io::Error::other("the spawning thread has ended"))?;
     rx.recv().map_err(gone)?
 }

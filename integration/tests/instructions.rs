@@ -57,13 +57,13 @@ const THRESHOLDS: [Threshold; 4] = [
         opcode: nvm::READ,
         depth: 32,
         instructions: (2_740.0, 2_400.0),
-        calls: (0.51, 0.29),
+        calls: (0.45, 0.22),
     },
     Threshold {
         opcode: nvm::WRITE,
         depth: 32,
         instructions: (2_400.0, 2_730.0),
-        calls: (0.53, 0.34),
+        calls: (0.45, 0.24),
     },
 ];
 

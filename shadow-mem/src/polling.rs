@@ -118,10 +118,12 @@ impl Waiter {
             self.since = None;
             return false;
         }
-        let crowd = self.crowd.get_or_insert_with(|| Crowd::new(now));
-        if self.polling == Polling::Adaptive && crowd.takes_the_core(now) {
-            self.give_way(now);
-            return false;
+        if self.polling == Polling::Adaptive {
+            let crowd = self.crowd.get_or_insert_with(|| Crowd::new(now));
+            if crowd.takes_the_core(now) {
+                self.give_way(now);
+                return false;
+            }
         }
         self.looks = self.looks.wrapping_add(1);
         if self.looks % LOOKS_PER_YIELD == 0 && looked >= YIELD_AFTER {
@@ -173,7 +175,7 @@ struct Crowd {
     since: Instant,
     used: Duration,
     /// What it has slept since then. That includes the time from being woken up to being run, which nothing
-    /// tells apart.
+    /// tells apart. What a hypervisor or an interrupt takes of the core counts as taken by others.
     slept: Duration,
 }
 

@@ -199,7 +199,11 @@ impl Worker {
         if busy {
             self.waiter.found();
         }
-        self.looking = busy || worked.more || self.waiter.looks_again() || self.arm();
+        self.looking = busy
+            || worked.more
+            || self.waiter.looks_again()
+            || self.arm()
+            || !self.remote.may_sleep();
         self.looks = self.looks.wrapping_add(1);
         if self.looking && self.looks % LOOKS_PER_WAIT != 0 && !self.unread {
             return Ok(());

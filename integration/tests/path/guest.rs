@@ -266,8 +266,8 @@ fn completions_of_a_drive_that_needs_no_time_wait_for_room_too() {
     let bed = Bed::with_function(scratch, Arc::new(drive));
     let begun = Instant::now();
     completions_wait_for_room(&bed);
-    // Twenty times there is room again; one that was left to the device half's next tick would take a tenth of a second.
-    assert!(begun.elapsed() < Duration::from_secs(1));
+    // Twenty times there is room again. Left to the device half's ticks, that took three seconds.
+    assert!(begun.elapsed() < Duration::from_millis(1500));
 }
 
 fn completions_wait_for_room(bed: &Bed) {

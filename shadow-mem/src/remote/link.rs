@@ -21,7 +21,8 @@ use crate::session::{LinkInterest, Session, Silence};
 pub enum Found {
     /// Nothing was there to be moved.
     Nothing,
-    /// All that had arrived was taken: the link's descriptor tells of what comes next.
+    /// All that had arrived was taken: the link's descriptor tells of what comes next, once
+    /// [`RemoteFunction::may_sleep`] has said yes.
     All,
     /// More may have arrived than was taken, and the descriptor need not tell.
     More,

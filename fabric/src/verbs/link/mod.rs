@@ -280,8 +280,11 @@ impl Link for VerbsLink {
     }
 
     fn may_wait(&mut self) -> Result<bool, FabricError> {
+        let congested = self.is_congested();
         self.sends.get_mut().reap();
-        Ok(self.arrived.is_empty() && self.settle_down()? && !self.has_ended())
+        let quiet = self.arrived.is_empty() && self.settle_down()? && !self.has_ended();
+        // Room that has come just now is for what the owner has held back.
+        Ok(quiet && congested == self.is_congested())
     }
 
     fn counters(&self) -> Counters {

@@ -41,9 +41,13 @@ pub(crate) struct Pinned {
 }
 
 impl Pinned {
-    /// CPU of the end that measures, and of the other end.
+    /// CPU of the end that measures.
     pub(crate) const NEAR: usize = 0;
-    pub(crate) const FAR: usize = 1;
+
+    /// CPU of the other end: the first of the upper half, which the other side has.
+    pub(crate) fn far() -> usize {
+        std::thread::available_parallelism().map_or(0, |count| count.get() / 2)
+    }
 
     /// `cpu` counts those that this process may use, and starts again at their end.
     pub(crate) fn to(cpu: usize) -> Result<Self> {

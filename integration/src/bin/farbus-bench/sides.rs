@@ -47,7 +47,7 @@ impl Apart {
 
 impl Drop for Apart {
     fn drop(&mut self) {
-        // These were the affinities a moment ago; a process that has ended needs none.
+        // All of them had this process' CPUs before; one that has ended needs none.
         let _ = sched_setaffinity(None, &self.before);
         for pid in &self.pids {
             let _ = place(*pid, &self.before);
@@ -76,7 +76,10 @@ fn place(pid: u32, cpus: &CpuSet) -> Result<()> {
         .with_context(|| format!("looking at process {pid}"))?;
     for thread in threads {
         let id = thread?.file_name().to_string_lossy().parse().ok();
-        match sched_setaffinity(id.and_then(Pid::from_raw), cpus) {
+        let Some(id) = id.and_then(Pid::from_raw) else {
+            continue;
+        };
+        match sched_setaffinity(Some(id), cpus) {
             // It has ended meanwhile.
             Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => return Err(error).context("setting the CPU affinity"),
@@ -87,6 +90,8 @@ fn place(pid: u32, cpus: &CpuSet) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use farbus_integration::process::Process;
+
     use super::*;
 
     fn cpus(set: &CpuSet) -> Vec<usize> {
@@ -100,6 +105,20 @@ mod tests {
         of.iter().for_each(|cpu| all.set(*cpu));
         let [compute, device] = [Side::Compute, Side::Device].map(|side| half(&all, side));
         (cpus(&compute), cpus(&device))
+    }
+
+    #[test]
+    fn what_is_started_meanwhile_is_on_the_side_of_the_load() {
+        let own = sched_getaffinity(None).unwrap();
+        let apart = Apart::keep(&[]).unwrap();
+        let mut command = std::process::Command::new("sleep");
+        command.arg("60");
+        let started = Process::start("sleep", command).unwrap();
+        drop(apart);
+        let pid = Pid::from_raw(started.id() as i32);
+        let placed = sched_getaffinity(pid).unwrap();
+        assert_eq!(cpus(&placed), cpus(&half(&own, Side::Compute)));
+        assert_eq!(cpus(&sched_getaffinity(None).unwrap()), cpus(&own));
     }
 
     #[test]

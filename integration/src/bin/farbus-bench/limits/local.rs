@@ -28,7 +28,7 @@ pub(crate) fn eventfd(how: How, plan: &Plan) -> Result<Figures> {
     let far = if how == How::OneCpu {
         Pinned::NEAR
     } else {
-        Pinned::FAR
+        Pinned::far()
     };
     let done = AtomicBool::new(false);
     thread::scope(|scope| {

@@ -170,7 +170,7 @@ fn echo_arguments(command: &mut Command, role: Role, sizes: (usize, usize), how:
         .args(["--response", &sizes.1.to_string()]);
     let cpu = match how {
         How::OneCpu => Pinned::NEAR,
-        How::Blocking | How::Polled => Pinned::FAR,
+        How::Blocking | How::Polled => Pinned::far(),
     };
     command.args(["--cpu", &cpu.to_string()]);
     if how == How::Polled {
