@@ -23,12 +23,14 @@ const LOOKS_PER_YIELD: u32 = 8;
 /// What comes before this is looked for without a yield. Who yields may be put aside for some
 /// milliseconds even if there is nobody but a task of the idle class.
 const YIELD_AFTER: Duration = Duration::from_micros(40);
-/// How long a thread has to be awake before it is asked how much of that time it had the core.
-const AWAKE: Duration = Duration::from_millis(2);
+/// How long a thread has to be awake before it is asked how much of that time it had the core: a few slices of
+/// the scheduler's.
+const AWAKE: Duration = Duration::from_millis(8);
 /// For how long looking is left alone when others need the core: at first, and at most when that happens
-/// again before so much time has passed without a truce.
+/// again before so much time has passed without a truce. The threads of a crowd try again at different times, so
+/// truces have to be long beside tries, or one of them would look at any time.
 const FIRST_TRUCE: Duration = Duration::from_millis(4);
-const MAX_TRUCE: Duration = Duration::from_millis(64);
+const MAX_TRUCE: Duration = Duration::from_secs(1);
 
 /// What an operator can choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -188,8 +190,9 @@ impl Crowd {
         }
     }
 
-    /// Whether the thread had the core for less than two fifths of the time that it was awake. Two that look for
-    /// something on one core have half of it each, until the scheduler takes them apart; that is no crowd.
+    /// Whether the thread had the core for less than 55 % of the time that it was awake. Who shares it with one that
+    /// works between its looks and sleeps, as a load or a vCPU does, has more. Two that look have half each, and the
+    /// wake-up of the one that gives way puts it on a core that is idle, if there is one.
     fn takes_the_core(&mut self, now: Instant) -> bool {
         let awake = now.duration_since(self.since).saturating_sub(self.slept);
         if awake < AWAKE {
@@ -197,7 +200,7 @@ impl Crowd {
         }
         let before = std::mem::replace(self, Self::new(now));
         let had = self.used.saturating_sub(before.used);
-        had < awake * 2 / 5
+        had < awake * 11 / 20
     }
 }
 
@@ -277,7 +280,7 @@ mod tests {
             waiter.give_way(now);
         }
         assert_eq!(waiter.truce, MAX_TRUCE);
-        waiter.give_way(now + LONG);
+        waiter.give_way(now + 3 * MAX_TRUCE);
         assert_eq!(waiter.truce, FIRST_TRUCE, "it was long ago");
     }
 

@@ -15,7 +15,9 @@ use crate::limits::{self, How, TCP, round_trip};
 use crate::peers::{NBD, SPDK_TCP};
 use crate::results::{Results, Row, figure};
 use crate::table::number;
-use crate::workload::{BIG_READ, BIG_WRITE, READ_1, READ_32, READ_32_A8, Workload};
+use crate::workload::{
+    BIG_READ, BIG_WRITE, READ_1, READ_32, READ_32_A2, READ_32_A8, READ_256_A8, Workload,
+};
 
 /// Whether Farbus is said to keep a budget.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -168,6 +170,34 @@ const BUDGETS: &[Budget] = &[
         claim: NotMetYet,
     },
     Budget {
+        name: "8 attachments against 1, 4k read x32 each",
+        ratio: "IOPS / IOPS",
+        value: |results, state| {
+            let many = iops(results, ENDPOINT_ADAPTIVE, state, READ_256_A8)?;
+            Some(many / iops(results, ENDPOINT_ADAPTIVE, state, READ_32)?)
+        },
+        states: BOTH,
+        bound: AtLeast(1.0),
+        claim: NotMetYet,
+    },
+    Budget {
+        name: "adaptive against never, 2 attachments, 4k read x32",
+        ratio: "IOPS / IOPS",
+        value: |results, state| of_never(results, state, READ_32_A2),
+        states: BOTH,
+        // Equal; either differs by as much from run to run.
+        bound: AtLeast(0.8),
+        claim: Met,
+    },
+    Budget {
+        name: "adaptive against never, 8 attachments, 4k read x32",
+        ratio: "IOPS / IOPS",
+        value: |results, state| of_never(results, state, READ_32_A8),
+        states: BOTH,
+        bound: AtLeast(0.8),
+        claim: Met,
+    },
+    Budget {
         name: "private resident memory per attachment, MiB",
         ratio: "the most of any daemon in any row",
         value: |results, state| {
@@ -198,6 +228,12 @@ fn p50(results: &Results, subject: &str, state: Awake) -> Option<f64> {
 
 fn iops(results: &Results, subject: &str, state: Awake, workload: Workload) -> Option<f64> {
     results.median(subject, state, &workload.to_string(), figure::IOPS)
+}
+
+/// Where CPUs are scarce: daemons as by default beside daemons that sleep at once.
+fn of_never(results: &Results, state: Awake, workload: Workload) -> Option<f64> {
+    let default = iops(results, ENDPOINT_ADAPTIVE, state, workload)?;
+    Some(default / iops(results, ENDPOINT, state, workload)?)
 }
 
 fn of_raw(results: &Results, subject: &str, state: Awake, workload: Workload) -> Option<f64> {

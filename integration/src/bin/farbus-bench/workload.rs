@@ -122,7 +122,10 @@ pub(crate) const MIXED_32: Workload = Workload::new(Pattern::RandRw, SMALL, 32);
 pub(crate) const BIG_READ: Workload = Workload::new(Pattern::Read, BIG, 8);
 pub(crate) const BIG_WRITE: Workload = Workload::new(Pattern::Write, BIG, 8);
 pub(crate) const READ_32_Q4: Workload = READ_32.over(4, 1);
+pub(crate) const READ_32_A2: Workload = READ_32.over(1, 2);
 pub(crate) const READ_32_A8: Workload = READ_32.over(1, 8);
+/// As much for each of eight as [`READ_32`] is for one.
+pub(crate) const READ_256_A8: Workload = Workload::new(Pattern::RandRead, SMALL, 256).over(1, 8);
 
 /// What every subject that is a disk is given.
 const COMMON: [Workload; 7] = [
@@ -147,7 +150,10 @@ pub(crate) fn of_eight_attachments(quick: bool) -> Vec<Workload> {
     select(&SHARED.map(|workload| workload.over(1, 8)), quick)
 }
 
-/// All of these: with one and four queues, one and eight attachments.
+/// What tells how attachments get on with one another, beside those with eight.
+pub(crate) const CROWDED: [Workload; 2] = [READ_32_A2, READ_256_A8];
+
+/// All but [`CROWDED`]: with one and four queues, one and eight attachments.
 pub(crate) fn all(quick: bool) -> Vec<Workload> {
     let mut all = common(quick);
     all.extend(of_four_queues(quick));
@@ -182,6 +188,7 @@ mod tests {
     fn depth_is_shared_by_queues_and_attachments() {
         assert_eq!(READ_32_A8.depth_per_queue(), 4);
         assert_eq!(READ_32_Q4.depth_per_queue(), 8);
+        assert_eq!(READ_256_A8.depth_per_queue(), READ_32.depth_per_queue());
         assert_eq!(READ_1.over(4, 1).depth_per_queue(), 1);
     }
 
