@@ -29,7 +29,7 @@ const AWAKE: Duration = Duration::from_millis(8);
 /// For how long looking is left alone when others need the core: at first, and at most when that happens
 /// again before so much time has passed without a truce. The threads of a crowd try again at different times, so
 /// truces have to be long beside tries, or one of them would look at any time.
-const FIRST_TRUCE: Duration = Duration::from_millis(4);
+const FIRST_TRUCE: Duration = Duration::from_millis(16);
 const MAX_TRUCE: Duration = Duration::from_secs(1);
 
 /// What an operator can choose.

@@ -30,6 +30,7 @@ mod results;
 mod run;
 mod session;
 mod sides;
+mod stolen;
 mod table;
 mod usage;
 mod workload;

@@ -34,6 +34,8 @@ pub(crate) mod figure {
     pub(crate) const LOOPBACK_BYTES: &str = "loopback_bytes_per_io";
     /// Private resident memory in MiB, per attachment.
     pub(crate) const RESIDENT: &str = "resident_mib_per_attachment";
+    /// The share of the CPUs' time that the hypervisor gave to others meanwhile.
+    pub(crate) const STOLEN: &str = "stolen_cpu_share";
     /// The process that makes the load, where a figure is one process'.
     pub(crate) const CLIENT: &str = "client";
 }

@@ -9,9 +9,9 @@ use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
 
 use crate::awake::{Awake, Keeper};
-use crate::interrupt;
 use crate::results::{Figures, Results, figure};
 use crate::workload::{Extent, Workload};
+use crate::{interrupt, stolen};
 
 /// How long and how much to measure.
 #[derive(Debug, Clone, Copy)]
@@ -114,12 +114,12 @@ pub(crate) struct Take<'a> {
 }
 
 impl Take<'_> {
-    /// Measures one workload. What goes wrong is noted, and the others go on; only an interruption
-    /// is returned.
+    /// Measures one workload, until it was left alone for that time. What goes wrong is noted, and the others go on;
+    /// only an interruption is returned.
     pub(crate) fn one(
         &mut self,
         workload: &str,
-        measure: impl FnOnce(&Plan) -> Result<Figures>,
+        measure: impl FnMut(&Plan) -> Result<Figures>,
     ) -> Result<()> {
         let subject = self.subject.clone();
         self.one_of(&subject, workload, measure)
@@ -130,12 +130,32 @@ impl Take<'_> {
         &mut self,
         subject: &str,
         workload: &str,
-        measure: impl FnOnce(&Plan) -> Result<Figures>,
+        mut measure: impl FnMut(&Plan) -> Result<Figures>,
+    ) -> Result<()> {
+        let plan = self.plan;
+        self.note(subject, workload, || stolen::undisturbed(|| measure(plan)))
+    }
+
+    /// As [`Take::one`], of what does not depend on time.
+    pub(crate) fn count(
+        &mut self,
+        workload: &str,
+        count: impl FnOnce() -> Result<Figures>,
+    ) -> Result<()> {
+        let subject = self.subject.clone();
+        self.note(&subject, workload, count)
+    }
+
+    fn note(
+        &mut self,
+        subject: &str,
+        workload: &str,
+        measure: impl FnOnce() -> Result<Figures>,
     ) -> Result<()> {
         interrupt::check()?;
         self.progress
             .show(&self.subject, self.awake, subject, workload);
-        match measure(self.plan) {
+        match measure() {
             Ok(figures) => {
                 self.results
                     .add(self.part, subject, self.awake, workload, figures);

@@ -9,7 +9,7 @@ use crate::model::Fit;
 use crate::ratios::PEERS;
 use crate::results::{Results, Row, Spread, figure};
 use crate::session::Plan;
-use crate::{budgets, ratios};
+use crate::{budgets, ratios, stolen};
 
 /// All tables of a run.
 pub(crate) fn render(
@@ -26,10 +26,11 @@ pub(crate) fn render(
         out,
         "{} repeats of {} s, of limits and of workloads with several queues (q) or attachments (a) {} s; median, and \
          in brackets the lowest and the highest of the repeats\n\
-         H: CPUs halt when idle. S: an idle-class process on each keeps them awake. {NONE}: not measured.",
+         H: CPUs halt when idle. S: an idle-class process on each keeps them awake. {NONE}: not measured.\n{}",
         plan.repeats,
         plan.time.as_secs_f64(),
-        plan.brief().time.as_secs_f64()
+        plan.brief().time.as_secs_f64(),
+        stolen::describe(results)
     );
     for part in ["limits", "peers", "farbus", "rdma"] {
         let rows: Vec<&Row> = results.rows().iter().filter(|r| r.part == part).collect();

@@ -169,7 +169,7 @@ pub(crate) fn count_calls(
         take.missed("system calls", &Skip::because(reason));
         return Ok(());
     };
-    take.one(&workload.to_string(), |_| {
+    take.count(&workload.to_string(), || {
         load(Extent::Count(COUNTED))?;
         let mut figures = Figures::new();
         for (one, counter) in watched.iter().zip(counters) {

@@ -8,7 +8,7 @@
 //! the one server; they share its disk.
 
 mod servers;
-mod spdk;
+pub(crate) mod spdk;
 
 use anyhow::{Context, Result};
 use farbus_integration::scratch::Scratch;

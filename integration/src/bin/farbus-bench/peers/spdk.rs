@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use farbus_integration::process::{Process, mortal_command, run_tool};
 use farbus_integration::scratch::Scratch;
 
@@ -18,14 +18,15 @@ use crate::results::{Figures, figure};
 use crate::session::{Skip, Subject, Take};
 use crate::sides::Side;
 use crate::usage::{Meter, Watched};
-use crate::workload::{self, MIX_READS, Pattern, Workload};
+use crate::workload::{self, BIG_WRITE, MIX_READS, Pattern, Workload};
 
 /// Environment variable: a tree in which SPDK was built.
 const DIR_ENV: &str = "SPDK_DIR";
 const NQN: &str = "nqn.2016-06.io.spdk:bench";
 const TARGET_CPU: &str = "0x1";
 const PERF_CPU: &str = "0x2";
-const WARMUP: Duration = Duration::from_secs(1);
+/// The tool counts in whole seconds.
+pub(crate) const WARMUP: Duration = Duration::from_secs(1);
 /// Of either program; the target has the disk in it.
 const MEMORY_MIB: &str = "1024";
 const DISK_MIB: &str = "256";
@@ -76,6 +77,8 @@ impl Subject for Spdk {
             pid: target.id(),
             side: Side::Device,
         }];
+        // As all other disks in memory: what was never written is one page of zeroes, which stays in the cache.
+        perf(&dir, &transport, &BIG_WRITE, Duration::from_secs(1)).context("filling the disk")?;
         for workload in workload::common(take.plan.quick) {
             take.one(&workload.to_string(), |plan| {
                 // The tool counts in whole seconds.
