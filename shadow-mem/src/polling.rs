@@ -23,12 +23,11 @@ const LOOKS_PER_YIELD: u32 = 8;
 /// What comes before this is looked for without a yield. Who yields may be put aside for some
 /// milliseconds even if there is nobody but a task of the idle class.
 const YIELD_AFTER: Duration = Duration::from_micros(40);
-/// How long a thread has to be awake before it is asked how much of that time it had the core: a few slices of
-/// the scheduler's.
+/// How long a thread has to be awake before it is asked how much of that time it had the core.
 const AWAKE: Duration = Duration::from_millis(8);
-/// For how long looking is left alone when others need the core: at first, and at most when that happens
-/// again before so much time has passed without a truce. The threads of a crowd try again at different times, so
-/// truces have to be long beside tries, or one of them would look at any time.
+/// For how long looking is left alone when others need the core: twice as long each time, from the first to the
+/// last of these, and half as long after each time that nobody did. The threads of a crowd try again at different
+/// times, so truces have to be long beside tries, or one of them would look at any time.
 const FIRST_TRUCE: Duration = Duration::from_millis(16);
 const MAX_TRUCE: Duration = Duration::from_secs(1);
 
@@ -80,10 +79,11 @@ pub struct Waiter {
     /// Since when nothing was found.
     since: Option<Instant>,
     looks: u32,
-    /// From the first look on, which tells the thread.
+    /// From the first look on, which tells the thread; not in a truce.
     crowd: Option<Crowd>,
     /// Others need the core: no looking before this.
     truce_until: Option<Instant>,
+    /// How long the next truce lasts.
     truce: Duration,
 }
 
@@ -121,10 +121,16 @@ impl Waiter {
             return false;
         }
         if self.polling == Polling::Adaptive {
-            let crowd = self.crowd.get_or_insert_with(|| Crowd::new(now));
-            if crowd.takes_the_core(now) {
-                self.give_way(now);
-                return false;
+            let crowd = self
+                .crowd
+                .get_or_insert_with(|| Crowd::new(now, thread_time()));
+            match crowd.takes_the_core(now, thread_time) {
+                Some(true) => {
+                    self.give_way(now);
+                    return false;
+                }
+                Some(false) => self.truce = (self.truce / 2).max(FIRST_TRUCE),
+                None => {}
             }
         }
         self.looks = self.looks.wrapping_add(1);
@@ -159,15 +165,10 @@ impl Waiter {
 
     /// Others need this core more.
     fn give_way(&mut self, now: Instant) {
-        let since = self
-            .truce_until
-            .map(|end| now.saturating_duration_since(end));
-        self.truce = match since {
-            Some(since) if since < MAX_TRUCE => (self.truce * 2).min(MAX_TRUCE),
-            _ => FIRST_TRUCE,
-        };
         self.truce_until = Some(now + self.truce);
+        self.truce = (self.truce * 2).min(MAX_TRUCE);
         self.window = Duration::ZERO;
+        self.crowd = None;
     }
 }
 
@@ -182,25 +183,26 @@ struct Crowd {
 }
 
 impl Crowd {
-    fn new(now: Instant) -> Self {
+    fn new(now: Instant, used: Duration) -> Self {
         Self {
             since: now,
-            used: thread_time(),
+            used,
             slept: Duration::ZERO,
         }
     }
 
-    /// Whether the thread had the core for less than 55 % of the time that it was awake. Who shares it with one that
-    /// works between its looks and sleeps, as a load or a vCPU does, has more. Two that look have half each, and the
-    /// wake-up of the one that gives way puts it on a core that is idle, if there is one.
-    fn takes_the_core(&mut self, now: Instant) -> bool {
+    /// Whether the thread had the core for less than 55 % of the time that it was awake, once that was long enough to
+    /// tell. Who shares it with one that works between its looks and sleeps, as a load or a vCPU does, has more. Two
+    /// that look have half each, and the wake-up of the one that gives way puts it on a core that is idle, if there
+    /// is one.
+    fn takes_the_core(&mut self, now: Instant, used: impl FnOnce() -> Duration) -> Option<bool> {
         let awake = now.duration_since(self.since).saturating_sub(self.slept);
         if awake < AWAKE {
-            return false;
+            return None;
         }
-        let before = std::mem::replace(self, Self::new(now));
+        let before = std::mem::replace(self, Self::new(now, used()));
         let had = self.used.saturating_sub(before.used);
-        had < awake * 11 / 20
+        Some(had < awake * 11 / 20)
     }
 }
 
@@ -268,40 +270,48 @@ mod tests {
     }
 
     #[test]
-    fn where_somebody_else_needs_the_core_it_stops_looking_for_longer_each_time() {
+    fn truces_are_longer_each_time_and_shorter_again_when_nobody_needs_the_core() {
         let mut waiter = Waiter::new(Polling::Adaptive);
         waiter.slept(SHORT);
-        let now = Instant::now();
-        waiter.give_way(now);
-        assert_eq!(waiter.truce, FIRST_TRUCE);
+        waiter.give_way(Instant::now() + LONG);
         waiter.slept(SHORT);
         assert!(!waiter.looks_again(), "the truce holds");
         for _ in 0..10 {
-            waiter.give_way(now);
+            waiter.give_way(Instant::now());
         }
         assert_eq!(waiter.truce, MAX_TRUCE);
-        waiter.give_way(now + 3 * MAX_TRUCE);
-        assert_eq!(waiter.truce, FIRST_TRUCE, "it was long ago");
+        waiter.truce_until = None;
+        waiter.slept(SHORT);
+        assert!(waiter.looks_again());
+        // The thread has had all of its core for as long as it was awake.
+        let crowd = waiter.crowd.as_mut().unwrap();
+        crowd.since -= LONG;
+        crowd.slept = LONG;
+        while waiter.truce == MAX_TRUCE {
+            waiter.since = None;
+            waiter.looks_again();
+        }
+        assert_eq!(waiter.truce, MAX_TRUCE / 2);
     }
 
     #[test]
-    fn a_thread_that_had_the_core_while_it_was_awake_is_not_crowded() {
+    fn a_thread_that_had_most_of_the_core_while_it_was_awake_is_not_crowded() {
         let begun = Instant::now();
-        let mut crowd = Crowd::new(begun);
-        crowd.slept = LONG;
-        while thread_time() - crowd.used < AWAKE {
-            std::hint::spin_loop();
-        }
-        assert!(
-            !crowd.takes_the_core(begun + LONG + AWAKE / 2),
-            "too soon to tell"
-        );
-        assert!(!crowd.takes_the_core(begun + LONG + AWAKE));
-        let mut others = Crowd::new(begun);
-        assert!(
-            others.takes_the_core(begun + LONG),
-            "it had nothing of a second"
-        );
-        assert!(!others.takes_the_core(begun + LONG), "a new second begins");
+        let crowded = |had: Duration, awake: Duration| {
+            let mut crowd = Crowd::new(begun, LONG);
+            crowd.slept = LONG;
+            crowd.takes_the_core(begun + LONG + awake, || LONG + had)
+        };
+        assert_eq!(crowded(Duration::ZERO, AWAKE / 2), None, "too soon to tell");
+        assert_eq!(crowded(AWAKE * 56 / 100, AWAKE), Some(false));
+        assert_eq!(crowded(AWAKE * 54 / 100, AWAKE), Some(true));
+    }
+
+    #[test]
+    fn each_time_is_judged_by_itself() {
+        let begun = Instant::now();
+        let mut crowd = Crowd::new(begun, Duration::ZERO);
+        assert_eq!(crowd.takes_the_core(begun + LONG, || SHORT), Some(true));
+        assert_eq!(crowd.takes_the_core(begun + LONG, || SHORT), None);
     }
 }

@@ -119,43 +119,32 @@ impl Take<'_> {
     pub(crate) fn one(
         &mut self,
         workload: &str,
-        measure: impl FnMut(&Plan) -> Result<Figures>,
+        mut measure: impl FnMut(&Plan) -> Result<Figures>,
+    ) -> Result<()> {
+        self.once(workload, |plan| stolen::undisturbed(|| measure(plan)))
+    }
+
+    /// As [`Take::one`], but once in any case: what takes long, or does not depend on time.
+    pub(crate) fn once(
+        &mut self,
+        workload: &str,
+        measure: impl FnOnce(&Plan) -> Result<Figures>,
     ) -> Result<()> {
         let subject = self.subject.clone();
         self.one_of(&subject, workload, measure)
     }
 
-    /// As [`Take::one`], in the name of another subject.
+    /// As [`Take::once`], in the name of another subject.
     pub(crate) fn one_of(
         &mut self,
         subject: &str,
         workload: &str,
-        mut measure: impl FnMut(&Plan) -> Result<Figures>,
-    ) -> Result<()> {
-        let plan = self.plan;
-        self.note(subject, workload, || stolen::undisturbed(|| measure(plan)))
-    }
-
-    /// As [`Take::one`], of what does not depend on time.
-    pub(crate) fn count(
-        &mut self,
-        workload: &str,
-        count: impl FnOnce() -> Result<Figures>,
-    ) -> Result<()> {
-        let subject = self.subject.clone();
-        self.note(&subject, workload, count)
-    }
-
-    fn note(
-        &mut self,
-        subject: &str,
-        workload: &str,
-        measure: impl FnOnce() -> Result<Figures>,
+        measure: impl FnOnce(&Plan) -> Result<Figures>,
     ) -> Result<()> {
         interrupt::check()?;
         self.progress
             .show(&self.subject, self.awake, subject, workload);
-        match measure() {
+        match measure(self.plan) {
             Ok(figures) => {
                 self.results
                     .add(self.part, subject, self.awake, workload, figures);

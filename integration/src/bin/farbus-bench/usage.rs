@@ -169,7 +169,7 @@ pub(crate) fn count_calls(
         take.missed("system calls", &Skip::because(reason));
         return Ok(());
     };
-    take.count(&workload.to_string(), || {
+    take.once(&workload.to_string(), |_| {
         load(Extent::Count(COUNTED))?;
         let mut figures = Figures::new();
         for (one, counter) in watched.iter().zip(counters) {

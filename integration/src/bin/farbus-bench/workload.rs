@@ -91,7 +91,7 @@ impl Workload {
     /// One of the few that say most.
     fn is_essential(&self) -> bool {
         [
-            READ_1, READ_32, WRITE_32, BIG_READ, BIG_WRITE, READ_32_Q4, READ_32_A8,
+            READ_1, READ_32, WRITE_32, BIG_READ, BIG_WRITE, READ_32_Q4, READ_32_A2, READ_32_A8,
         ]
         .contains(self)
     }
@@ -151,7 +151,12 @@ pub(crate) fn of_eight_attachments(quick: bool) -> Vec<Workload> {
 }
 
 /// What tells how attachments get on with one another, beside those with eight.
-pub(crate) const CROWDED: [Workload; 2] = [READ_32_A2, READ_256_A8];
+const CROWDED: [Workload; 2] = [READ_32_A2, READ_256_A8];
+
+/// Those of [`CROWDED`], or the essential one of them.
+pub(crate) fn crowded(quick: bool) -> Vec<Workload> {
+    select(&CROWDED, quick)
+}
 
 /// All but [`CROWDED`]: with one and four queues, one and eight attachments.
 pub(crate) fn all(quick: bool) -> Vec<Workload> {

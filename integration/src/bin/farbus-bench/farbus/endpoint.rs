@@ -12,7 +12,7 @@ use crate::limits::{BIG, stream};
 use crate::results::{Figures, figure};
 use crate::session::{Plan, Subject, Take};
 use crate::usage::{self, count_calls};
-use crate::workload::{self, BIG_READ, BIG_WRITE, CROWDED, READ_1, READ_32, Workload};
+use crate::workload::{self, BIG_READ, BIG_WRITE, READ_1, READ_32, Workload};
 
 pub(super) fn subjects() -> Vec<Box<dyn Subject>> {
     let default = Setup::default_of(SIZE);
@@ -50,7 +50,7 @@ impl Endpoint {
         match self.setup.backing {
             // Each thread has queues of its own.
             Backing::Memory if self.setup.threads > 1 => workload::of_four_queues(quick),
-            Backing::Memory => [&workload::all(quick)[..], &CROWDED].concat(),
+            Backing::Memory => [workload::all(quick), workload::crowded(quick)].concat(),
             Backing::Null => vec![READ_1, READ_32, BIG_READ, BIG_WRITE],
         }
     }
