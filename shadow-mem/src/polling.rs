@@ -26,8 +26,9 @@ const YIELD_AFTER: Duration = Duration::from_micros(40);
 /// How long a thread has to be awake before it is asked how much of that time it had the core.
 const AWAKE: Duration = Duration::from_millis(8);
 /// For how long looking is left alone when others need the core: twice as long each time, from the first to the
-/// last of these, and half as long after each time that nobody did. The threads of a crowd try again at different
-/// times, so truces have to be long beside tries, or one of them would look at any time.
+/// last of these, and a twentieth shorter after each time that nobody did. The threads of a crowd try again at
+/// different times, and who tries while the others give way is not crowded; so truces have to be long beside tries,
+/// or one of them would look at any time.
 const FIRST_TRUCE: Duration = Duration::from_millis(16);
 const MAX_TRUCE: Duration = Duration::from_secs(1);
 
@@ -129,7 +130,7 @@ impl Waiter {
                     self.give_way(now);
                     return false;
                 }
-                Some(false) => self.truce = (self.truce / 2).max(FIRST_TRUCE),
+                Some(false) => self.truce = (self.truce * 19 / 20).max(FIRST_TRUCE),
                 None => {}
             }
         }
@@ -291,7 +292,7 @@ mod tests {
             waiter.since = None;
             waiter.looks_again();
         }
-        assert_eq!(waiter.truce, MAX_TRUCE / 2);
+        assert_eq!(waiter.truce, MAX_TRUCE * 19 / 20);
     }
 
     #[test]
