@@ -38,12 +38,12 @@ fn least_disturbed(
         let Some((before, after)) = before.zip(time()) else {
             return Ok(figures);
         };
-        let share = after.stolen_since(&before);
+        let (ticks, share) = after.stolen_since(&before);
         figures.insert(figure::STOLEN.into(), share);
         if least.as_ref().is_none_or(|(other, _)| share < *other) {
             least = Some((share, figures));
         }
-        if share <= TOLERATED || after.stolen - before.stolen <= GRAIN {
+        if share <= TOLERATED || ticks <= GRAIN {
             break;
         }
     }
@@ -97,9 +97,12 @@ impl CpuTime {
         })
     }
 
-    fn stolen_since(&self, before: &Self) -> f64 {
+    /// Ticks that were stolen since `before`, and their share of all. A machine that has moved to another host may
+    /// have counted fewer: then none.
+    fn stolen_since(&self, before: &Self) -> (u64, f64) {
         let all = self.all.saturating_sub(before.all).max(1);
-        self.stolen.saturating_sub(before.stolen) as f64 / all as f64
+        let stolen = self.stolen.saturating_sub(before.stolen);
+        (stolen, stolen as f64 / all as f64)
     }
 }
 
@@ -114,8 +117,10 @@ mod tests {
                 format!("cpu  10 0 20 {idle} 0 0 0 {stolen} 5 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n");
             CpuTime::of(&table).unwrap()
         };
-        assert!((at(130, 20).stolen_since(&at(50, 0)) - 0.2).abs() < 1e-9);
-        assert!(at(50, 0).stolen_since(&at(50, 0)).abs() < 1e-9);
+        let (ticks, share) = at(130, 20).stolen_since(&at(50, 0));
+        assert_eq!(ticks, 20);
+        assert!((share - 0.2).abs() < 1e-9, "{share}");
+        assert_eq!(at(60, 0).stolen_since(&at(50, 20)).0, 0);
         assert!(CpuTime::of("cpu  1 2 3\n").is_none());
     }
 
