@@ -130,7 +130,7 @@ impl Waiter {
                     self.give_way(now);
                     return false;
                 }
-                Some(false) => self.truce = (self.truce * 19 / 20).max(FIRST_TRUCE),
+                Some(false) => self.went_well(),
                 None => {}
             }
         }
@@ -162,6 +162,11 @@ impl Waiter {
             return;
         }
         self.window = (self.window * 2).clamp(FIRST_WINDOW, MAX_WINDOW);
+    }
+
+    /// Nobody else needed this core.
+    fn went_well(&mut self) {
+        self.truce = (self.truce * 19 / 20).max(FIRST_TRUCE);
     }
 
     /// Others need this core more.
@@ -284,15 +289,12 @@ mod tests {
         waiter.truce_until = None;
         waiter.slept(SHORT);
         assert!(waiter.looks_again());
-        // The thread has had all of its core for as long as it was awake.
-        let crowd = waiter.crowd.as_mut().unwrap();
-        crowd.since -= LONG;
-        crowd.slept = LONG;
-        while waiter.truce == MAX_TRUCE {
-            waiter.since = None;
-            waiter.looks_again();
-        }
+        waiter.went_well();
         assert_eq!(waiter.truce, MAX_TRUCE * 19 / 20);
+        for _ in 0..1000 {
+            waiter.went_well();
+        }
+        assert_eq!(waiter.truce, FIRST_TRUCE);
     }
 
     #[test]

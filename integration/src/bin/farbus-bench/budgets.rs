@@ -161,10 +161,7 @@ const BUDGETS: &[Budget] = &[
     Budget {
         name: "8 attachments against 1, 4k read x32",
         ratio: "IOPS / IOPS",
-        value: |results, state| {
-            let many = iops(results, ENDPOINT_ADAPTIVE, state, READ_32_A8)?;
-            Some(many / iops(results, ENDPOINT_ADAPTIVE, state, READ_32)?)
-        },
+        value: |results, state| of_one(results, state, READ_32_A8),
         states: BOTH,
         bound: AtLeast(0.85),
         claim: NotMetYet,
@@ -172,10 +169,7 @@ const BUDGETS: &[Budget] = &[
     Budget {
         name: "8 attachments against 1, 4k read x32 each",
         ratio: "IOPS / IOPS",
-        value: |results, state| {
-            let many = iops(results, ENDPOINT_ADAPTIVE, state, READ_256_A8)?;
-            Some(many / iops(results, ENDPOINT_ADAPTIVE, state, READ_32)?)
-        },
+        value: |results, state| of_one(results, state, READ_256_A8),
         states: BOTH,
         bound: AtLeast(1.0),
         claim: NotMetYet,
@@ -228,6 +222,12 @@ fn p50(results: &Results, subject: &str, state: Awake) -> Option<f64> {
 
 fn iops(results: &Results, subject: &str, state: Awake, workload: Workload) -> Option<f64> {
     results.median(subject, state, &workload.to_string(), figure::IOPS)
+}
+
+/// Several attachments beside one with 32 reads in flight.
+fn of_one(results: &Results, state: Awake, workload: Workload) -> Option<f64> {
+    let many = iops(results, ENDPOINT_ADAPTIVE, state, workload)?;
+    Some(many / iops(results, ENDPOINT_ADAPTIVE, state, READ_32)?)
 }
 
 /// Where CPUs are scarce: daemons as by default beside daemons that sleep at once.

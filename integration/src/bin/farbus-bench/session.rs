@@ -114,7 +114,7 @@ pub(crate) struct Take<'a> {
 }
 
 impl Take<'_> {
-    /// Measures one workload, until it was left alone for that time. What goes wrong is noted, and the others go on;
+    /// Measures one workload, until it was left alone for that time, or a few times. What goes wrong is noted, and the others go on;
     /// only an interruption is returned.
     pub(crate) fn one(
         &mut self,

@@ -150,16 +150,15 @@ mod tests {
 
     #[test]
     fn a_failure_counts_unless_there_are_figures_already() {
-        let mut tries = 0;
         let fails_from = |which| {
-            let mut time = 0;
+            let (mut tries, mut time) = (0, 0);
             least_disturbed(
-                move || {
+                || {
                     tries += 1;
                     anyhow::ensure!(tries < which, "broken");
                     Ok(Figures::new())
                 },
-                move || {
+                || {
                     time += 50;
                     Some(CpuTime {
                         all: 2 * time,

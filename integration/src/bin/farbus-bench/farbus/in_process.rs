@@ -68,7 +68,7 @@ impl InProcess {
                 let mut plan = plan.of(workload);
                 if self.polled {
                     // What it is compared with has as long. At first, socket buffers come from memory that the
-                    // machine may have given back to its host: writing to a page then takes ten times as long.
+                    // machine may have given back to its host: writing to a page then takes six times as long.
                     plan.warmup = spdk::WARMUP;
                 }
                 load::measure(&target, workload, self.polled, &watched, &plan)

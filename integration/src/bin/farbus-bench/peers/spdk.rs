@@ -77,7 +77,7 @@ impl Subject for Spdk {
             pid: target.id(),
             side: Side::Device,
         }];
-        // As all other disks in memory: what was never written is one page of zeroes, which stays in the cache.
+        // As the other peers' and daemons' disks in memory: what was never written is one page of zeroes, which stays in the cache.
         perf(&dir, &transport, &BIG_WRITE, Duration::from_secs(1)).context("filling the disk")?;
         for workload in workload::common(take.plan.quick) {
             take.one(&workload.to_string(), |plan| {
